@@ -1,0 +1,54 @@
+"""Learn the regularization of imaging inverse problems, with a certified error of every learning step."""
+
+from bilevel_imaging import (
+    certificates,
+    data,
+    energies,
+    errors,
+    hypergradients,
+    linear_solvers,
+    lower_solvers,
+    regularizers,
+    training,
+    upper_level,
+)
+from bilevel_imaging._version import __version__
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.energies import Constants, Linearization, LowerLevelProblem, QuadraticProblem, VariationalEnergy
+from bilevel_imaging.hypergradients import BilevelReconstructor, Hypergradient, hypergradient, unrolled
+from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
+from bilevel_imaging.training import BilevelObjective, Trainer
+from bilevel_imaging.upper_level import MAID, FirstOrder, SquaredError, UpperLevelMethod
+
+__all__ = [
+    "MAID",
+    "BilevelObjective",
+    "BilevelReconstructor",
+    "Constants",
+    "Cost",
+    "FirstOrder",
+    "Hypergradient",
+    "Linearization",
+    "LowerLevelProblem",
+    "QuadraticProblem",
+    "Regularizer",
+    "SquaredError",
+    "Tikhonov",
+    "TotalVariation",
+    "Trainer",
+    "UpperLevelMethod",
+    "VariationalEnergy",
+    "__version__",
+    "certificates",
+    "data",
+    "energies",
+    "errors",
+    "hypergradient",
+    "hypergradients",
+    "linear_solvers",
+    "lower_solvers",
+    "regularizers",
+    "training",
+    "unrolled",
+    "upper_level",
+]

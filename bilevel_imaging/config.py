@@ -1,0 +1,298 @@
+"""Settings of a training run: plain dataclasses, the same in YAML, on the command line and in Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+# chosen for operators with a null space, where the energy is not strongly convex without it
+DEFAULT_RIDGE = 1e-3
+# parameters are logarithms: this changes them by 5 % in a step, where the optimizers' own defaults change 0.1 %
+DEFAULT_LR = {"adam": 0.05, "adamw": 0.05, "rmsprop": 0.05}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images.
+
+    Attributes:
+        train: folder of training images; empty for the bundled photographs.
+        val: folder of validation images; empty for the bundled ones, or a part of the training folder held out.
+        test: folder of test images; empty for the bundled ones, or the validation images with a folder of your own.
+        patch_size: height and width of the training patches, pixels.
+        patches_per_image: patches from every training image.
+        color: train on RGB instead of gray images.
+        batch_size: most images solved together; limits memory, does not change the result.
+        max_images: use the first so many images of every set; 0 for all.
+        eval_size: validation and test images are cropped to at most this height and width, pixels.
+    """
+
+    train: str = ""
+    val: str = ""
+    test: str = ""
+    patch_size: int = 128
+    patches_per_image: int = 2
+    color: bool = False
+    batch_size: int = 64
+    max_images: int = 0
+    eval_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name, least in (("patch_size", 8), ("patches_per_image", 1), ("batch_size", 1), ("eval_size", 16)):
+            _at_least(f"data.{name}", getattr(self, name), least)
+        _at_least("data.max_images", self.max_images, 0)
+
+
+@dataclass(frozen=True)
+class ProblemConfig:
+    """Forward operator, noise and arithmetic.
+
+    Attributes:
+        kind: denoising, deblurring (circular Gaussian blur) or inpainting (missing pixels).
+        sigma: standard deviation of the noise, in units of the image range [0, 1].
+        blur_size: width of the blur kernel, pixels, odd.
+        blur_std: standard deviation of the blur kernel, pixels.
+        kept_fraction: part of the pixels that inpainting keeps.
+        ridge: coefficient of 1/2 ||x||^2; null for 0 in denoising and 0.001 otherwise.
+        dtype: float32 or float64, for the training.
+        device: auto (CUDA if there is one), cpu or cuda.
+    """
+
+    kind: str = "denoising"
+    sigma: float = 0.1
+    blur_size: int = 9
+    blur_std: float = 1.5
+    kept_fraction: float = 0.7
+    ridge: float | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        from bilevel_imaging.data.degradations import KINDS
+
+        _one_of("problem.kind", self.kind, KINDS)
+        _one_of("problem.dtype", self.dtype, DTYPES)
+        _one_of("problem.device", self.device, DEVICES)
+        _number("problem.sigma", self.sigma, ">= 0")
+        _number("problem.blur_std", self.blur_std, "> 0")
+        if self.blur_size < 1 or self.blur_size % 2 == 0:
+            raise ValueError(f"problem.blur_size: expected an odd number >= 1. Got {self.blur_size}.")
+        if not 0 < self.kept_fraction <= 1:
+            raise ValueError(f"problem.kept_fraction: expected a number in (0, 1]. Got {self.kept_fraction}.")
+        if self.ridge is not None:
+            needed = self.kind != "denoising"
+            _number("problem.ridge", self.ridge, "> 0" if needed else ">= 0", f" for {self.kind}" if needed else "")
+
+
+@dataclass(frozen=True)
+class RegularizerConfig:
+    """The regularizer and where its parameters start.
+
+    Attributes:
+        kind: name of the regularizer, e.g. total_variation or tikhonov.
+        weight: its weight at the start.
+        smoothing: its smoothing at the start (total variation).
+        isotropic: one root per pixel instead of one per difference (total variation).
+        couple_channels: one root for all channels (total variation, color).
+        learn_weight: learn the weight.
+        learn_smoothing: learn the smoothing (total variation).
+        operator: identity or gradient (tikhonov).
+        options: further arguments of the regularizer by name.
+    """
+
+    kind: str = "total_variation"
+    weight: float = 0.1
+    smoothing: float = 0.01
+    isotropic: bool = True
+    couple_channels: bool = False
+    learn_weight: bool = True
+    learn_smoothing: bool = True
+    operator: str = "gradient"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from bilevel_imaging.regularizers import REGULARIZERS, Tikhonov
+
+        _one_of("regularizer.kind", self.kind, REGULARIZERS)
+        _one_of("regularizer.operator", self.operator, Tikhonov.OPERATORS)
+        _number("regularizer.weight", self.weight, "> 0")
+        _number("regularizer.smoothing", self.smoothing, "> 0")
+
+
+@dataclass(frozen=True)
+class LowerConfig:
+    """Lower-level solver: computes the reconstructions.
+
+    Attributes:
+        solver: name of the solver, e.g. newton_cg, lbfgs or accelerated_gradient.
+        max_iter: iteration limit per image; null for the solver's own.
+    """
+
+    solver: str = "newton_cg"
+    max_iter: int | None = None
+
+    def __post_init__(self) -> None:
+        from bilevel_imaging.lower_solvers import LOWER_SOLVERS
+
+        _one_of("lower.solver", self.solver, LOWER_SOLVERS)
+        if self.max_iter is not None:
+            _at_least("lower.max_iter", self.max_iter, 1)
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Linear solver: computes the adjoints of the hypergradients.
+
+    Attributes:
+        solver: name of the solver, e.g. conjugate_gradient.
+        max_iter: iteration limit per image; null for the solver's own.
+    """
+
+    solver: str = "conjugate_gradient"
+    max_iter: int | None = None
+
+    def __post_init__(self) -> None:
+        from bilevel_imaging.linear_solvers import LINEAR_SOLVERS
+
+        _one_of("linear.solver", self.solver, LINEAR_SOLVERS)
+        if self.max_iter is not None:
+            _at_least("linear.max_iter", self.max_iter, 1)
+
+
+@dataclass(frozen=True)
+class UpperConfig:
+    """Upper-level method: changes the parameters. null leaves a choice to the method.
+
+    Attributes:
+        method: maid (chooses accuracies and steps itself), or a first-order one such as adam or sgd.
+        max_steps: steps of the whole run; it ends earlier when the method has converged.
+        lr: learning rate of a first-order method.
+        relative: hypergradients are certified to this fraction of their norm.
+        error_tol: fixed lower-level accuracy instead of relative (first-order methods).
+        residual_tol: fixed adjoint accuracy instead of relative (first-order methods).
+        tolerance: stop when a step is predicted to lower the loss by less than this fraction (maid).
+        minibatch: patches of one step, in shuffled order (first-order methods); null for all.
+        options: further arguments of the method by name.
+    """
+
+    method: str = "maid"
+    max_steps: int = 50
+    lr: float | None = None
+    relative: float | None = None
+    error_tol: float | None = None
+    residual_tol: float | None = None
+    tolerance: float | None = None
+    minibatch: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS
+
+        _one_of("upper.method", self.method, UPPER_LEVEL_METHODS)
+        _at_least("upper.max_steps", self.max_steps, 0)
+        for name in ("lr", "relative", "error_tol", "residual_tol", "tolerance"):
+            if getattr(self, name) is not None:
+                _number(f"upper.{name}", getattr(self, name), "> 0")
+        if self.minibatch is not None:
+            _at_least("upper.minibatch", self.minibatch, 1)
+            if self.method == "maid":
+                raise ValueError("upper.minibatch: maid compares losses of all images. Choose another upper.method.")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and saved while training; none of it changes the result.
+
+    Attributes:
+        validate_every: steps between two validations; 0 for only at the end.
+        checkpoint_every: steps between two checkpoints.
+        tensorboard: write TensorBoard events.
+        progress: show the progress.
+        evaluate: compare with the grid search on the test images at the end.
+    """
+
+    validate_every: int = 5
+    checkpoint_every: int = 5
+    tensorboard: bool = True
+    progress: bool = True
+    evaluate: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("logging.validate_every", self.validate_every, 0)
+        _at_least("logging.checkpoint_every", self.checkpoint_every, 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run.
+
+    Attributes:
+        data: images.
+        problem: forward operator, noise and arithmetic.
+        regularizer: the regularizer and where its parameters start.
+        lower: lower-level solver.
+        linear: linear solver.
+        upper: upper-level method.
+        logging: what is shown and saved.
+        seed: of patches, noise and minibatches; validation and test noise is the same for every seed.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    problem: ProblemConfig = field(default_factory=ProblemConfig)
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    lower: LowerConfig = field(default_factory=LowerConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    upper: UpperConfig = field(default_factory=UpperConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0
+
+    def resolved(self) -> RunConfig:
+        """The same with choices that were left open filled in and folders as absolute paths."""
+        folders = {n: _absolute(getattr(self.data, n)) for n in ("train", "val", "test")}
+        ridge, lr = self.problem.ridge, self.upper.lr
+        if ridge is None:
+            ridge = 0.0 if self.problem.kind == "denoising" else DEFAULT_RIDGE
+        return replace(
+            self,
+            data=replace(self.data, **folders),
+            problem=replace(self.problem, ridge=ridge),
+            upper=replace(self.upper, lr=DEFAULT_LR.get(self.upper.method) if lr is None else lr),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, fit for YAML."""
+        return asdict(self)
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Dotted names of the settings in which two configurations differ."""
+        result = [] if self.seed == other.seed else ["seed"]
+        for group in fields(self):
+            mine, theirs = getattr(self, group.name), getattr(other, group.name)
+            if mine != theirs and group.name != "seed":
+                names = [f.name for f in fields(mine)]
+                result += [f"{group.name}.{n}" for n in names if getattr(mine, n) != getattr(theirs, n)]
+        return result
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().resolve()) if folder else ""
+
+
+def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}: expected one of {', '.join(allowed)}. Got {value!r}.")
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}: expected an integer >= {least}. Got {value}.")
+
+
+def _number(key: str, value: float, condition: str, when: str = "") -> None:
+    if not math.isfinite(value) or value < 0 or (value == 0 and condition == "> 0"):
+        raise ValueError(f"{key}: expected a finite number {condition}{when}. Got {value}.")

@@ -1,0 +1,295 @@
+"""Least-squares data terms 1/2 ||Ax - y||^2 over deepinv physics, with exact spectra where the operator has one."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+
+import deepinv
+import torch
+from deepinv.physics import Blur, BlurFFT, Denoising, Inpainting, LinearPhysics
+from torch import Tensor
+
+from bilevel_imaging.tensors import squared_norm
+
+
+class DataTerm(abc.ABC):
+    """1/2 ||A_i x_i - y_i||^2 for B images.
+
+    Attributes:
+        lowest: lambda_min(A^T A), ``(B,)`` float64; a lower bound.
+        highest: ||A||^2, ``(B,)`` float64; an upper bound, or ``None`` if not known.
+        applications: applications of A or A^T in one gradient or Hessian product.
+        inexact: relative uncertainty of the operator itself (0 when its entries are exact in the given dtype).
+    """
+
+    lowest: Tensor
+    highest: Tensor | None
+    shape: torch.Size
+    applications = 0
+    inexact = 0.0
+
+    @abc.abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """``(B,)``."""
+
+    @abc.abstractmethod
+    def grad(self, x: Tensor) -> Tensor:
+        """A^T (A x - y)."""
+
+    @abc.abstractmethod
+    def hvp(self, v: Tensor) -> Tensor:
+        """A^T A v."""
+
+    @abc.abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """A x."""
+
+    @abc.abstractmethod
+    def initial(self) -> Tensor:
+        """A rough reconstruction, ``(B, C, H, W)``."""
+
+    @abc.abstractmethod
+    def subset(self, index: Tensor) -> DataTerm:
+        """The samples ``index`` alone."""
+
+    def double(self) -> DataTerm | None:
+        """The same term in float64, or ``None`` if the operator can't be evaluated in float64."""
+        return None
+
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        """Size of the terms added up in ``grad(x)``, ``(B,)`` float64."""
+        return self.grad(x).double().flatten(1).norm(dim=1)
+
+    def diagonal(self) -> Tensor | None:
+        """Diagonal of A^T A, broadcastable to the image, if A^T A is diagonal."""
+        return None
+
+    def spectrum(self) -> Tensor | None:
+        """Eigenvalues of A^T A in the rfft2 basis, if it is a circular convolution."""
+        return None
+
+    def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        """v -> (A^T A + shift I)^{-1} v where that is cheap: the metric of certificate (M)."""
+        diagonal, spectrum = self.diagonal(), self.spectrum()
+        if diagonal is not None:
+            return lambda v: v / (diagonal + shift)
+        if spectrum is not None:
+            return lambda v: torch.fft.irfft2(torch.fft.rfft2(v) / (spectrum + shift), s=v.shape[-2:])
+        return None
+
+
+class IdentityTerm(DataTerm):
+    """A = I (denoising)."""
+
+    def __init__(self, y: Tensor):
+        self.y = y
+        self.shape = y.shape
+        one = torch.ones(y.shape[0], dtype=torch.float64, device=y.device)
+        self.lowest, self.highest = one, one
+
+    def value(self, x: Tensor) -> Tensor:
+        return 0.5 * squared_norm(x - self.y)
+
+    def grad(self, x: Tensor) -> Tensor:
+        return x - self.y
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return v
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x
+
+    def initial(self) -> Tensor:
+        return self.y.clone()
+
+    def subset(self, index: Tensor) -> DataTerm:
+        return IdentityTerm(self.y[index])
+
+    def double(self) -> DataTerm:
+        return IdentityTerm(self.y.double())
+
+    def diagonal(self) -> Tensor:
+        return self.y.new_ones(())
+
+
+class MaskTerm(DataTerm):
+    """A = diag(mask) (inpainting); mask broadcastable to y."""
+
+    def __init__(self, y: Tensor, mask: Tensor):
+        self.y = y
+        self.mask = mask.to(y.dtype).expand_as(y)
+        self.shape = y.shape
+        squares = (self.mask.double() ** 2).flatten(1)
+        self.lowest, self.highest = squares.amin(1), squares.amax(1)
+
+    def value(self, x: Tensor) -> Tensor:
+        return 0.5 * squared_norm(self.mask * x - self.y)
+
+    def grad(self, x: Tensor) -> Tensor:
+        return self.mask * (self.mask * x - self.y)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return self.mask * (self.mask * v)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.mask * x
+
+    def initial(self) -> Tensor:
+        observed = (self.mask != 0).to(self.y.dtype)
+        axes = tuple(range(1, self.y.dim()))
+        mean = (self.y * observed).sum(axes, keepdim=True) / observed.sum(axes, keepdim=True).clamp(min=1)
+        return torch.where(self.mask != 0, self.y, mean)
+
+    def subset(self, index: Tensor) -> DataTerm:
+        return MaskTerm(self.y[index], self.mask[index])
+
+    def double(self) -> DataTerm:
+        return MaskTerm(self.y.double(), self.mask.double())
+
+    def diagonal(self) -> Tensor:
+        return self.mask**2
+
+
+class CirculantTerm(DataTerm):
+    """A = circular convolution, diagonal in the Fourier basis; ``filter64`` is (1 or B, 1 or C, h, w) float64."""
+
+    applications = 2
+
+    def __init__(self, y: Tensor, transfer: Tensor, *, inexact: float):
+        """Args:
+        y: ``(B, C, H, W)``.
+        transfer: rfft2 of the impulse response, complex128, broadcastable to ``(B, C, H, W // 2 + 1)``.
+        inexact: relative uncertainty of the filter (its unit roundoff when it was stored in float32).
+        """
+        self.y, self.inexact = y, inexact
+        self.transfer64 = transfer.expand(*y.shape[:2], *transfer.shape[-2:])
+        self.transfer = self.transfer64.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
+        self.shape = y.shape
+        power = self.transfer64.abs().square()
+        # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side
+        self.lowest = power.flatten(1).amin(1) * (1 - 1e-12)
+        self.highest = power.flatten(1).amax(1) * (1 + 1e-12)
+        self.power = power.to(y.dtype)
+        self.aty = self._filter(self.transfer.conj(), y)
+
+    def _filter(self, transfer: Tensor, x: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
+
+    def value(self, x: Tensor) -> Tensor:
+        return 0.5 * squared_norm(self._filter(self.transfer, x) - self.y)
+
+    def grad(self, x: Tensor) -> Tensor:
+        return self._filter(self.power, x) - self.aty
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return self._filter(self.power, v)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._filter(self.transfer, x)
+
+    def initial(self) -> Tensor:
+        return self._filter(1 / (self.power + 0.05), self.aty)  # Wiener filter for about 5 % noise power
+
+    def subset(self, index: Tensor) -> DataTerm:
+        return CirculantTerm(self.y[index], self.transfer64[index], inexact=self.inexact)
+
+    def double(self) -> DataTerm:
+        return CirculantTerm(self.y.double(), self.transfer64, inexact=self.inexact)
+
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        size = self.highest * x.double().flatten(1).norm(dim=1)
+        size = size + self.highest.sqrt() * self.y.double().flatten(1).norm(dim=1)
+        return size * math.log2(max(4, self.shape[-1] * self.shape[-2]))  # error growth of an FFT
+
+    def spectrum(self) -> Tensor:
+        return self.power
+
+
+class GenericTerm(DataTerm):
+    """Any deepinv ``LinearPhysics`` through ``A`` and ``A_adjoint``; lambda_min(A^T A) >= 0 is all that is known."""
+
+    applications = 2
+
+    def __init__(self, y: Tensor, physics: LinearPhysics, index: Tensor | None = None):
+        self.y, self.physics, self.index = y, physics, index
+        with torch.no_grad():
+            self.start = physics.A_adjoint(y)
+        self.shape = self.start.shape
+        self.lowest = torch.zeros(self.shape[0], dtype=torch.float64, device=self.start.device)
+        self.highest = None
+
+    def value(self, x: Tensor) -> Tensor:
+        return 0.5 * squared_norm(self.physics.A(x) - self.y)
+
+    def grad(self, x: Tensor) -> Tensor:
+        return self.physics.A_adjoint(self.physics.A(x) - self.y)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return self.physics.A_adjoint(self.physics.A(v))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.physics.A(x)
+
+    def initial(self) -> Tensor:
+        return self.start.clone()
+
+    def subset(self, index: Tensor) -> DataTerm:
+        return GenericTerm(self.y[index], self.physics)
+
+    def double(self) -> DataTerm | None:
+        return self if self.start.dtype == torch.float64 else None
+
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        residual = self.physics.A(x) - self.y
+        scale = self.physics.A_adjoint(residual.abs() + self.y.abs()).abs()
+        return scale.double().flatten(1).norm(dim=1) * math.log2(max(4, self.start[0].numel()))
+
+
+def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
+    """The least-squares term for y and physics: exact spectra for the operators that have one.
+
+    Raises:
+        ValueError: if the physics is not linear, or y does not have the shape that the physics gives.
+    """
+    kind = type(physics)
+    if kind is Denoising:
+        return IdentityTerm(y)
+    if kind is Inpainting:
+        _check_broadcast(physics.mask, y, "mask")
+        return MaskTerm(y, physics.mask)
+    if kind is BlurFFT:
+        if tuple(physics.img_size[-2:]) != tuple(y.shape[-2:]):
+            raise ValueError(
+                f"Expected y of the physics' image size {tuple(physics.img_size)}. Got {tuple(y.shape[1:])}; "
+                "build BlurFFT with img_size=y.shape[1:]."
+            )
+        transfer = deepinv.physics.functional.filter_fft_2d(physics.filter.double(), y.shape[-2:], real_fft=True)
+        return _circulant(y, transfer, physics.filter)
+    if kind is Blur and physics.padding == "circular":
+        delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)
+        delta[..., 0, 0] = 1
+        delta = delta.expand(physics.filter.shape[0], -1, -1, -1)
+        kernel = physics.filter.double()
+        response = deepinv.physics.functional.conv2d(delta, filter=kernel, padding="circular")
+        return _circulant(y, torch.fft.rfft2(response), physics.filter)
+    if isinstance(physics, LinearPhysics):
+        return GenericTerm(y, physics)
+    raise ValueError(f"Expected a linear deepinv physics. Got {kind.__name__}, which is not a LinearPhysics.")
+
+
+def _circulant(y: Tensor, transfer: Tensor, stored: Tensor) -> CirculantTerm:
+    _check_broadcast(transfer[..., :1, :1], y[..., :1, :1], "filter")
+    return CirculantTerm(y, transfer, inexact=torch.finfo(stored.dtype).eps / 2)
+
+
+def _check_broadcast(parameter: Tensor, y: Tensor, name: str) -> None:
+    try:
+        fits = torch.broadcast_shapes(parameter.shape, y.shape) == y.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"Expected a {name} of the physics that fits y of shape {tuple(y.shape)}. Got {tuple(parameter.shape)}."
+        )

@@ -1,0 +1,140 @@
+"""A batch of lower-level problems: all that a solver sees."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.derivatives import Constants, Directional, Linearization
+
+__all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem"]
+
+
+class LowerLevelProblem(abc.ABC):
+    """B strongly convex problems ``min_x g_i(x; theta)``, solved together and independently of each other.
+
+    A subclass implements ``_value``, ``_grad``, ``_linearize``, ``constants`` and ``initial``; counting is done here.
+    ``value`` is the definition: plain differentiable PyTorch in x and theta. ``grad`` is differentiable too when
+    grad mode is on (unrolling needs it).
+
+    Attributes:
+        theta: parameters by name; the tensors themselves, read afresh at every evaluation.
+        shape: ``(B, *image)``.
+        dtype: dtype of the data; x must have it too.
+        device: device of the data.
+        cost: work counters, shared with every subset and copy of this problem.
+    """
+
+    theta: dict[str, Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    cost: Cost
+
+    @abc.abstractmethod
+    def _value(self, x: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def _grad(self, x: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def _linearize(self, x: Tensor) -> Linearization: ...
+
+    @abc.abstractmethod
+    def constants(self) -> Constants:
+        """True bounds of the constants at the current theta, per sample."""
+
+    @abc.abstractmethod
+    def initial(self) -> Tensor:
+        """A sensible cold start, ``(B, *image)``."""
+
+    def value(self, x: Tensor) -> Tensor:
+        """Energies g_i(x_i), ``(B,)``."""
+        self.cost.values += x.shape[0]
+        return self._value(x)
+
+    def grad(self, x: Tensor) -> Tensor:
+        """Gradients in x, ``(B, *image)``."""
+        self.cost.gradients += x.shape[0]
+        return self._grad(x)
+
+    def linearize(self, x: Tensor) -> Linearization:
+        """Gradient and products at x (counts as one gradient); products are counted as they are made."""
+        self.cost.gradients += x.shape[0]
+        with torch.no_grad():
+            return CountedLinearization(self._linearize(x.detach()), self.cost)
+
+    def subset(self, index: Tensor) -> LowerLevelProblem | None:
+        """The problems ``index`` (int64) alone, sharing theta and counters; ``None`` if not supported."""
+        return None
+
+    def double(self) -> LowerLevelProblem | None:
+        """The same problems evaluated in float64 (exactly the numbers stored, cast up); ``None`` if impossible."""
+        return self if self.dtype == torch.float64 else None
+
+    def gradient_rounding(self, x: Tensor) -> Tensor:
+        """Bound of the rounding error in ``grad(x)`` in this problem's dtype, ``(B,)``: a few units of the last place
+        of the largest terms that are added up. Subclasses sharpen it."""
+        unit = torch.finfo(self.dtype).eps
+        return 8 * unit * x.flatten(1).norm(dim=1)
+
+    def input_uncertainty(self, x: Tensor) -> Tensor:
+        """Change of ``grad(x)`` when operators and parameters that were stored in float32 are off by half a unit of
+        the last place, ``(B,)``; the data y count as exact."""
+        return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+
+    @property
+    def relative_uncertainty(self) -> float:
+        """The same for products with second derivatives, relative to their size."""
+        return 0.0
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.shape[0]
+
+
+class CountedLinearization(Linearization):
+    """A linearization whose products are counted in the problem's ``Cost``."""
+
+    def __init__(self, inside: Linearization, cost: Cost):
+        self.inside = inside
+        self.cost = cost
+        self.grad = inside.grad
+        self.constants = inside.constants
+
+    def hvp(self, v: Tensor) -> Tensor:
+        self.cost.hvps += v.shape[0]
+        with torch.no_grad():
+            return self.inside.hvp(v)
+
+    def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
+        self.cost.mixed_products += q.shape[0]
+        with torch.no_grad():
+            return self.inside.mixed_vjp(q)
+
+    def mixed_columns(self) -> Tensor | None:
+        with torch.no_grad():
+            columns = self.inside.mixed_columns()
+        if columns is not None:
+            self.cost.mixed_products += columns.shape[0] * columns.shape[1]
+        return columns
+
+    def directional(self, q: Tensor, radius: Tensor) -> Directional | None:
+        with torch.no_grad():
+            return self.inside.directional(q, radius)
+
+    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+        return self.inside.preconditioner()
+
+    def subset(self, index: Tensor) -> Linearization | None:
+        inside = self.inside.subset(index)
+        return None if inside is None else CountedLinearization(inside, self.cost)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inside, name)

@@ -1,0 +1,235 @@
+"""The variational energy 1/2 ||Ax - y||^2 + R(x; theta) + ridge/2 ||x||^2, and its batch of lower-level problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import deepinv
+import torch
+from torch import Tensor, nn
+
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.derivatives import Constants, Directional, Linearization
+from bilevel_imaging.energies.data_terms import DataTerm, data_term
+from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.errors import NotStronglyConvexError
+from bilevel_imaging.regularizers.base import Regularizer
+from bilevel_imaging.tensors import per_sample, squared_norm
+
+# below this fraction of ||A||^2, strong convexity exists on paper only
+USABLE_STRONG_CONVEXITY = 1e-6
+
+
+class VariationalEnergy(nn.Module):
+    """g(x) = 1/2 ||Ax - y||^2 + R(x; theta) + ridge/2 ||x||^2; sums over pixels and channels, not means.
+
+    Args:
+        regularizer: any :class:`Regularizer`; its trainable parameters are theta.
+        ridge: coefficient of 1/2 ||x||^2, >= 0; needed when A has a (nearly) trivial null space direction.
+        data_fidelity: "l2".
+
+    Raises:
+        ValueError: unknown data fidelity, negative or non-finite ridge, something that is not a regularizer.
+    """
+
+    DATA_FIDELITIES = ("l2",)
+
+    def __init__(self, regularizer: Regularizer, *, ridge: float = 0.0, data_fidelity: str = "l2"):
+        super().__init__()
+        if not isinstance(regularizer, Regularizer):
+            raise ValueError(
+                f"Expected a bilevel_imaging Regularizer. Got {type(regularizer).__name__}; "
+                "subclass Regularizer and define fn(x)."
+            )
+        if data_fidelity not in self.DATA_FIDELITIES:
+            raise ValueError(f"Unknown data_fidelity {data_fidelity!r}. Choose from {list(self.DATA_FIDELITIES)}.")
+        if not 0 <= ridge < float("inf"):
+            raise ValueError(f"Expected ridge as a finite number >= 0. Got {ridge!r}.")
+        self.regularizer = regularizer
+        self.ridge = float(ridge)
+        self.data_fidelity = data_fidelity
+
+    @property
+    def theta(self) -> dict[str, Tensor]:
+        """The learned parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def bind(self, y: Tensor, physics: deepinv.physics.Physics) -> VariationalProblem:
+        """The batch of problems for measurements y.
+
+        Args:
+            y: measurements, ``(B, C, H, W)``, float32 or float64, finite.
+            physics: a linear deepinv physics.
+
+        Raises:
+            ValueError: wrong shape, dtype, device or non-finite values.
+            NotStronglyConvexError: when data term, regularizer and ridge together have no strong convexity.
+        """
+        if not isinstance(y, Tensor) or y.dim() != 4 or y.numel() == 0:
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"Expected measurements y as a non-empty tensor (B, C, H, W). Got {got}.")
+        if y.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"Expected y in float32 or float64. Got {y.dtype}; convert with y.float().")
+        if not bool(torch.isfinite(y).all()):
+            bad = torch.nonzero(~torch.isfinite(y).flatten(1).all(1)).flatten().tolist()
+            raise ValueError(f"Expected finite measurements. Got NaN or inf in samples {bad} of y.")
+        for name, parameter in self.named_parameters():
+            if parameter.device != y.device:
+                raise ValueError(f"Expected y on the device of {name}, {parameter.device}. Got {y.device}.")
+        return VariationalProblem(self, data_term(y.detach(), physics), y.dtype, Cost())
+
+
+class VariationalProblem(LowerLevelProblem):
+    """B problems ``min_x 1/2 ||A_i x - y_i||^2 + R(x; theta) + ridge/2 ||x||^2``; made by :meth:`VariationalEnergy.bind`."""
+
+    def __init__(self, energy: VariationalEnergy, data: DataTerm, dtype: torch.dtype, cost: Cost):
+        self.energy, self.data, self.cost = energy, data, cost
+        self.regularizer, self.ridge = energy.regularizer, energy.ridge
+        self.shape, self.dtype, self.device = data.shape, dtype, data.lowest.device
+        self.theta = energy.theta
+        constants = self.constants()
+        base = data.lowest + self.ridge
+        mu = base if constants.strong_convexity is None else constants.strong_convexity
+        scale = torch.ones_like(base) if data.highest is None else data.highest.clamp(min=1e-30)
+        weak = mu < USABLE_STRONG_CONVEXITY * scale
+        if bool(weak.any()):
+            raise NotStronglyConvexError(
+                f"Expected a strongly convex energy. Got strong convexity {float(mu.min()):.3g} for samples "
+                f"{torch.nonzero(weak).flatten().tolist()}: the forward operator has (nearly) a null space; "
+                "set ridge > 0, e.g. VariationalEnergy(regularizer, ridge=1e-3)."
+            )
+
+    def _value(self, x: Tensor) -> Tensor:
+        value = self.data.value(x) + self.regularizer.fn(x)
+        return value + 0.5 * self.ridge * squared_norm(x) if self.ridge else value
+
+    def _grad(self, x: Tensor) -> Tensor:
+        self.cost.forward_ops += self.data.applications * x.shape[0]
+        grad = self.data.grad(x) + self.regularizer.grad(x)
+        return grad + self.ridge * x if self.ridge else grad
+
+    def _linearize(self, x: Tensor) -> Linearization:
+        return VariationalLinearization(self, x)
+
+    def constants(self) -> Constants:
+        regularizer = self.regularizer.constants(self.shape)
+        if regularizer.strong_convexity is None:
+            return Constants(
+                reason=f"the convexity of {type(self.regularizer).__name__} is not known: "
+                + (regularizer.reason or "its constants() give no strong_convexity")
+            )
+        smoothness = None
+        if regularizer.smoothness is not None and self.data.highest is not None:
+            smoothness = self.data.highest + self.ridge + regularizer.smoothness
+        return Constants(
+            strong_convexity=self.data.lowest + self.ridge + regularizer.strong_convexity,
+            smoothness=smoothness,
+            hessian_lipschitz=regularizer.hessian_lipschitz,
+            mixed_norm=regularizer.mixed_norm,
+            mixed_lipschitz=regularizer.mixed_lipschitz,
+            reason=regularizer.reason,
+        )
+
+    def initial(self) -> Tensor:
+        return self.data.initial()
+
+    def subset(self, index: Tensor) -> VariationalProblem:
+        return self._with(self.data.subset(index), self.dtype)
+
+    def double(self) -> VariationalProblem | None:
+        if self.dtype == torch.float64:
+            return self
+        data = self.data.double()
+        return None if data is None else self._with(data, torch.float64)
+
+    def _with(self, data: DataTerm, dtype: torch.dtype) -> VariationalProblem:
+        other = object.__new__(VariationalProblem)
+        other.__dict__.update(self.__dict__)
+        other.data, other.dtype, other.shape = data, dtype, data.shape
+        return other
+
+    def gradient_rounding(self, x: Tensor) -> Tensor:
+        scale = self.data.gradient_scale(x.detach()) + self.regularizer.gradient_scale(x)
+        if self.ridge:
+            scale = scale + self.ridge * x.detach().double().flatten(1).norm(dim=1)
+        return 4 * torch.finfo(self.dtype).eps * scale
+
+    def input_uncertainty(self, x: Tensor) -> Tensor:
+        change = self.data.inexact * self.data.gradient_scale(x)
+        return change + self._parameter_uncertainty * self.regularizer.gradient_scale(x)
+
+    @property
+    def relative_uncertainty(self) -> float:
+        return self.data.inexact + self._parameter_uncertainty
+
+    @property
+    def _parameter_uncertainty(self) -> float:
+        """exp(log w) is off by |log w| half units when log w was stored in float32; 0 for float64 parameters."""
+        stored = [p for p in self.regularizer.parameters() if p.dtype == torch.float32]
+        largest = max((float(p.detach().abs().max()) for p in stored if p.numel()), default=0.0)
+        return 2**-24 * (1 + largest) if stored else 0.0
+
+    def metric_inverse(self) -> Callable[[Tensor], Tensor] | None:
+        """v -> M^{-1} v for M = A^T A + ridge I, a lower bound of every Hessian, if cheap and positive definite."""
+        if self.constants().strong_convexity is None:
+            return None
+        if bool((self.data.lowest + self.ridge <= 0).any()):
+            return None
+        return self.data.shifted_inverse(self.ridge)
+
+
+class VariationalLinearization(Linearization):
+    """Data term, regularizer and ridge, each with what it caches at x."""
+
+    def __init__(self, problem: VariationalProblem, x: Tensor, inside: Linearization | None = None):
+        self.problem = problem
+        self.x = x
+        self.inside = problem.regularizer.linearize(x) if inside is None else inside
+        self.constants = problem.constants()
+        if inside is None:
+            self.problem.cost.forward_ops += problem.data.applications * x.shape[0]
+            self.grad = problem.data.grad(x) + self.inside.grad
+            if problem.ridge:
+                self.grad = self.grad + problem.ridge * x
+
+    def hvp(self, v: Tensor) -> Tensor:
+        self.problem.cost.forward_ops += self.problem.data.applications * v.shape[0]
+        product = self.inside.hvp(v) + self.problem.data.hvp(v)
+        return product.add_(v, alpha=self.problem.ridge) if self.problem.ridge else product
+
+    def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
+        return {f"regularizer.{name}": g for name, g in self.inside.mixed_vjp(q).items()}
+
+    def mixed_columns(self) -> Tensor | None:
+        return self.inside.mixed_columns()
+
+    def directional(self, q: Tensor, radius: Tensor) -> Directional | None:
+        return self.inside.directional(q, radius)  # the data term and the ridge are quadratic and free of theta
+
+    def subset(self, index: Tensor) -> Linearization | None:
+        inside = self.inside.subset(index)
+        if inside is None:
+            return None
+        other = VariationalLinearization(self.problem.subset(index), self.x[index], inside)
+        other.grad = self.grad[index]
+        return other
+
+    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+        """Fourier model (circular blur) or Jacobi (diagonal data term); ``None`` if the regularizer can't say."""
+        data, ridge = self.problem.data, self.problem.ridge
+        spectrum, diagonal = data.spectrum(), data.diagonal()
+        if spectrum is not None and hasattr(self.inside, "mean_curvature"):
+            laplacian = _laplacian_spectrum(self.x)
+            symbol = spectrum + ridge + per_sample(self.inside.mean_curvature(), self.x) * laplacian
+            return lambda v: torch.fft.irfft2(torch.fft.rfft2(v) / symbol, s=v.shape[-2:])
+        if diagonal is not None and hasattr(self.inside, "hessian_diagonal"):
+            jacobi = diagonal + ridge + self.inside.hessian_diagonal()
+            return lambda v: v / jacobi
+        return None
+
+
+def _laplacian_spectrum(x: Tensor) -> Tensor:
+    """Eigenvalues of the periodic -Laplacian in the rfft2 basis."""
+    rows = torch.fft.fftfreq(x.shape[-2], dtype=x.dtype, device=x.device)
+    columns = torch.fft.rfftfreq(x.shape[-1], dtype=x.dtype, device=x.device)
+    return 4 * ((torch.pi * rows).sin() ** 2)[:, None] + 4 * ((torch.pi * columns).sin() ** 2)[None, :]

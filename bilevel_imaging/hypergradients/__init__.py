@@ -1,0 +1,19 @@
+"""Certified hypergradients: two solves, one estimate, its bound and its cost."""
+
+from bilevel_imaging.hypergradients.implicit import CERTIFICATES, hypergradient, loss_interval
+from bilevel_imaging.hypergradients.layer import BilevelReconstructor, LayerCertificate
+from bilevel_imaging.hypergradients.result import Hypergradient, average
+from bilevel_imaging.hypergradients.unrolled import UNROLLED_METHODS, UnrolledHypergradient, unrolled
+
+__all__ = [
+    "CERTIFICATES",
+    "UNROLLED_METHODS",
+    "BilevelReconstructor",
+    "Hypergradient",
+    "LayerCertificate",
+    "UnrolledHypergradient",
+    "average",
+    "hypergradient",
+    "loss_interval",
+    "unrolled",
+]

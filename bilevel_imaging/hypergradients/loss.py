@@ -1,0 +1,47 @@
+"""What a hypergradient needs of an upper-level loss: values, gradients in x, and what is known of its smoothness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class LossOracle:
+    """Wraps a loss ``loss(x, x_true) -> (B,)`` with its ground truth.
+
+    ``loss.grad(x, x_true)``, ``loss.smoothness`` (Lipschitz constant of the gradient in x) and ``loss.convex`` are
+    used where the loss has them; otherwise the gradient comes from autograd and nothing is certified.
+
+    Raises:
+        ValueError: if the ground truth does not fit the problem, or the loss does not return one value per sample.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], x_true: Tensor, shape: torch.Size):
+        if not isinstance(x_true, Tensor) or x_true.shape != shape:
+            got = tuple(x_true.shape) if isinstance(x_true, Tensor) else type(x_true).__name__
+            raise ValueError(f"Expected x_true of the shape of the images, {tuple(shape)}. Got {got}.")
+        if not bool(torch.isfinite(x_true).all()):
+            raise ValueError("Expected a finite ground truth. Got NaN or inf in x_true.")
+        self.loss, self.x_true = loss, x_true.detach()
+        self.smoothness: float | None = getattr(loss, "smoothness", None)
+        self.convex: bool = bool(getattr(loss, "convex", False))
+
+    def value(self, x: Tensor) -> Tensor:
+        """f_i(x_i), ``(B,)``."""
+        with torch.no_grad():
+            value = self.loss(x, self.x_true.to(x.dtype))
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"Expected a loss with one value per sample, ({x.shape[0]},). Got {tuple(value.shape)}.")
+        return value
+
+    def grad(self, x: Tensor) -> Tensor:
+        """Gradient of f_i in x_i, ``(B, *image)``."""
+        x_true = self.x_true.to(x.dtype)
+        if hasattr(self.loss, "grad"):
+            with torch.no_grad():
+                return self.loss.grad(x, x_true)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.loss(leaf, x_true).sum(), leaf)[0]

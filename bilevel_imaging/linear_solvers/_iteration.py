@@ -1,0 +1,294 @@
+"""What the iterative linear solvers share: normalized systems, freezing, compaction, and the check of the residual.
+
+A solver is a ``Recurrence``: its vectors and one ``step``. Everything about batches is done here. Systems are solved in
+units of a power of two near the largest entry of b, which is exact in floating point: the iterates are those of the
+unscaled recurrence, and right-hand sides of size 1e-30 do not underflow when they are squared.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.derivatives import Linearization
+from bilevel_imaging.linear_solvers.base import LinearSolution, LinearSolver
+from bilevel_imaging.tensors import as_per_sample, binary_scale, inner, norm, per_sample, squared_norm
+
+Preconditioner = Callable[[Tensor], Tensor] | Literal["auto"] | None
+
+RUNNING, DONE, MAX_ITER, STAGNATED, INDEFINITE, NOT_FINITE = range(6)
+_REASONS = ("running", "converged", "max_iter", "stagnated", "not positive definite", "not finite")
+
+# On a GPU the question "has every sample stopped?" waits for the device, so it is asked only every few steps.
+_STEPS_BETWEEN_CHECKS = 4
+# A restart from the true residual must at least halve it; otherwise rounding has won.
+_RESTART_GAIN = 0.5
+
+
+@dataclass
+class Systems:
+    """A batch of systems H q = b in normalized units; the tensors are owned by the solver and changed in place.
+
+    Attributes:
+        b, q, r: right-hand side, iterate, residual b - H q as the recurrence knows it, ``(A, *image)``.
+        tol, target: the tolerance asked for, and the residual at which the recurrence stops, ``(A,)``.
+        residual: ||r||, ``(A,)``.
+        status, iterations: int64 ``(A,)``.
+    """
+
+    b: Tensor
+    q: Tensor
+    r: Tensor
+    tol: Tensor
+    target: Tensor
+    residual: Tensor
+    status: Tensor
+    iterations: Tensor
+
+    def take(self, index: Tensor) -> Systems:
+        """Copies of the samples ``index``."""
+        return Systems(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def put(self, index: Tensor, part: Systems) -> None:
+        """Write ``part`` back to the samples ``index``."""
+        for f in fields(self):
+            getattr(self, f.name)[index] = getattr(part, f.name)
+
+    def settle(self, max_iter: int) -> None:
+        """Mark the running samples that have reached their target, their limit, or something not finite."""
+        running = self.status == RUNNING
+        status = torch.where(self.iterations >= max_iter, MAX_ITER, RUNNING)
+        status = torch.where(self.residual <= self.target, DONE, status)
+        status = torch.where(self.residual.isfinite(), status, NOT_FINITE)
+        self.status = torch.where(running, status, self.status)
+
+
+class Operator:
+    """The Hessians of the samples in the working batch, and the preconditioner that goes with them."""
+
+    def __init__(self, linearization: Linearization, preconditioner: Preconditioner):
+        self.linearization = linearization
+        self._given = preconditioner
+        self.precondition = linearization.preconditioner() if preconditioner == "auto" else preconditioner
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return self.linearization.hvp(v)
+
+    def subset(self, index: Tensor) -> Operator | None:
+        """The operator of the samples ``index``; ``None`` if a part of it is known for the whole batch only."""
+        if callable(self._given):
+            return None
+        part = self.linearization.subset(index)
+        return None if part is None else Operator(part, self._given)
+
+    def hvp_where(self, mask: Tensor, v: Tensor) -> Tensor:
+        """Products of the samples in ``mask``; the others are computed too, or left 0, whichever is cheaper."""
+        index = mask.nonzero().squeeze(1)
+        part = self.subset(index) if 2 * index.shape[0] <= mask.shape[0] else None
+        if part is None:
+            return self.hvp(v)
+        result = torch.zeros_like(v)
+        result[index] = part.hvp(v[index])
+        return result
+
+
+class Recurrence(abc.ABC):
+    """The vectors of one method; every tensor attribute has the samples of the working batch in front.
+
+    ``step`` advances ``systems.q``, ``.r`` and ``.residual`` of the ``running`` samples with one product and leaves
+    the bits of the other iterates alone.
+    """
+
+    def __init__(self, operator: Operator, systems: Systems):
+        self.systems = systems
+
+    @abc.abstractmethod
+    def step(self, operator: Operator, running: Tensor) -> None: ...
+
+    def take(self, index: Tensor, systems: Systems) -> None:
+        """Keep the samples ``index`` alone."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[index])
+        self.systems = systems
+
+
+class IterativeSolver(LinearSolver):
+    """Base of the solvers that are a recurrence.
+
+    Args:
+        max_iter: default iteration limit per sample.
+        preconditioner: ``None``, ``"auto"`` for the one of the linearization, or a callable acting on the whole batch
+            (finished samples then can't be dropped from it: they are masked).
+    """
+
+    recurrence: type[Recurrence]
+    # whether the recurrence computes r as b - H q, in which case there is nothing to check at the end
+    residual_is_true: bool
+
+    def __init__(self, *, max_iter: int, preconditioner: Preconditioner = None):
+        if max_iter < 0:
+            raise ValueError(f"Expected max_iter >= 0. Got {max_iter}.")
+        if not (preconditioner is None or preconditioner == "auto" or callable(preconditioner)):
+            raise ValueError(f'Expected preconditioner None, "auto" or a callable. Got {preconditioner!r}.')
+        self.max_iter = max_iter
+        self.preconditioner = preconditioner
+
+    def solve(
+        self,
+        linearization: Linearization,
+        rhs: Tensor,
+        residual_tol: float | Tensor,
+        *,
+        q0: Tensor | None = None,
+        max_iter: int | None = None,
+    ) -> LinearSolution:
+        return self._solve(linearization, rhs, residual_tol, q0=q0, max_iter=max_iter)
+
+    @torch.no_grad()
+    def _solve(
+        self,
+        linearization: Linearization,
+        rhs: Tensor,
+        residual_tol: float | Tensor,
+        *,
+        q0: Tensor | None = None,
+        max_iter: int | None = None,
+        check: bool = True,
+    ) -> LinearSolution:
+        """``solve``; with ``check=False`` the recursed residual is believed, which saves the last product."""
+        validate(linearization, rhs, q0)
+        tol = as_per_sample(residual_tol, rhs, "residual_tol")
+        limit = self.max_iter if max_iter is None else max_iter
+        operator = Operator(linearization, self.preconditioner)
+        scale = binary_scale(rhs)
+        systems = _start(operator, rhs.detach(), q0, tol, scale)
+        # a recursed residual goes on falling below the rounding errors of q; there a restart takes over
+        floor = 0.0 if self.residual_is_true else torch.finfo(rhs.dtype).eps / 8
+        while True:
+            systems.target = torch.maximum(systems.tol, floor * systems.residual)
+            systems.settle(limit)
+            entered = systems.status == RUNNING
+            if not bool(entered.any()):
+                break
+            q_before, residual_before = systems.q.clone(), systems.residual.clone()
+            iterate(self.recurrence, operator, systems, limit)
+            if check and not self.residual_is_true:
+                _verify(operator, systems, entered, q_before, residual_before)
+            else:
+                _restore(systems, systems.status == NOT_FINITE, q_before, residual_before)
+                break
+        return _solution(systems, scale, tol, q0)
+
+
+def iterate(recurrence: type[Recurrence], operator: Operator, systems: Systems, max_iter: int) -> None:
+    """Advance the running samples of ``systems`` until each has stopped; the batch shrinks when half of it has."""
+    work, index, state = systems, None, None
+    every = 1 if systems.q.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
+    can_shrink = True
+    for step in itertools.count():
+        running = work.status == RUNNING
+        if step % every == 0:
+            count = int(running.sum())
+            if count == 0:
+                break
+            if can_shrink and 2 * count <= running.shape[0]:
+                kept = running.nonzero().squeeze(1)
+                smaller = operator.subset(kept)
+                can_shrink = smaller is not None
+                if smaller is not None:
+                    if index is not None:
+                        systems.put(index, work)
+                    operator, work = smaller, work.take(kept)
+                    index, running = kept if index is None else index[kept], running[kept]
+                    if state is not None:
+                        state.take(kept, work)
+        if state is None:
+            state = recurrence(operator, work)
+        state.step(operator, running)
+        work.iterations += running
+        work.settle(max_iter)
+    if index is not None:
+        systems.put(index, work)
+
+
+def validate(linearization: Linearization, rhs: Tensor, q0: Tensor | None) -> None:
+    """Raise ``ValueError`` unless rhs and q0 look like the gradient of the linearization."""
+    for name, value in (("rhs", rhs), ("q0", q0)):
+        if value is None:
+            continue
+        grad = linearization.grad
+        if value.shape != grad.shape or value.dtype != grad.dtype or value.device != grad.device:
+            raise ValueError(
+                f"Expected {name} like the gradient: {tuple(grad.shape)}, {grad.dtype}, {grad.device}. "
+                f"Got {tuple(value.shape)}, {value.dtype}, {value.device}."
+            )
+
+
+def _start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: Tensor) -> Systems:
+    """Normalized systems at q0, or at 0 where that is nearer in the energy norm; trivial samples are done."""
+    finite = b.isfinite().flatten(1).all(1)
+    b = torch.where(per_sample(finite, b), b / per_sample(scale, b), 0.0)
+    q, r = torch.zeros_like(b), b.clone()
+    residual = norm(b)
+    if q0 is not None:
+        start = q0.detach() / per_sample(scale, b)
+        r0 = b - operator.hvp(start)
+        residual0 = norm(r0)
+        # ||q0 - p||_H^2 - ||p||_H^2 = -<q0, b + r0>: this costs no product
+        better = (inner(start, b + r0) > 0) | (residual0 <= tol / scale)
+        warm = residual0.isfinite() & better & (residual > 0)
+        q = torch.where(per_sample(warm, b), start, q)
+        r = torch.where(per_sample(warm, b), r0, r)
+        residual = torch.where(warm, residual0, residual)
+    status = torch.where(residual == 0, DONE, RUNNING)
+    status = torch.where(finite, status, NOT_FINITE)
+    residual = torch.where(finite, residual, torch.inf)
+    tol = tol / scale
+    return Systems(b, q, r, tol, tol.clone(), residual, status, torch.zeros_like(status))
+
+
+def _verify(operator: Operator, systems: Systems, entered: Tensor, q_before: Tensor, residual_before: Tensor) -> None:
+    """Replace recursed residuals by true ones; samples whose recursion had drifted are set running again."""
+    product = operator.hvp_where(entered, systems.q)
+    systems.r = torch.where(per_sample(entered, product), systems.b - product, systems.r)
+    true = squared_norm(systems.r).sqrt()
+    systems.residual = torch.where(entered, true, systems.residual)
+    good = entered & (systems.residual <= systems.tol)
+    again = entered & ~good & (systems.status == DONE)
+    gained = systems.residual <= _RESTART_GAIN * residual_before
+    systems.status = torch.where(again, torch.where(gained, RUNNING, STAGNATED), systems.status)
+    systems.status = torch.where(good, DONE, systems.status)
+    worse = entered & ~(systems.residual <= residual_before) & (systems.status != MAX_ITER)
+    _restore(systems, worse | (entered & (systems.status == NOT_FINITE)), q_before, residual_before)
+
+
+def _restore(systems: Systems, mask: Tensor, q: Tensor, residual: Tensor) -> None:
+    systems.q = torch.where(per_sample(mask, q), q, systems.q)
+    systems.residual = torch.where(mask, residual, systems.residual)
+
+
+def _solution(systems: Systems, scale: Tensor, tol: Tensor, q0: Tensor | None) -> LinearSolution:
+    q = systems.q * per_sample(scale, systems.q)
+    if q0 is not None:
+        # returned as given, not through the units
+        untouched = (systems.iterations == 0) & (systems.q != 0).flatten(1).any(1)
+        q = torch.where(per_sample(untouched, q), q0.detach(), q)
+    residual = systems.residual * scale
+    converged = (residual <= tol) & (systems.status != NOT_FINITE)
+    # DONE and not converged: the recursion went to its floor, or the tolerance is below the smallest number
+    missed = torch.where(systems.status == DONE, STAGNATED, systems.status)
+    status = torch.where(converged, DONE, missed).tolist()
+    return LinearSolution(
+        q=q,
+        residual_norm=residual,
+        iterations=systems.iterations,
+        converged=converged,
+        reason=tuple(_REASONS[code] for code in status),
+    )

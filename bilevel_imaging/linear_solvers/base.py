@@ -1,0 +1,57 @@
+"""The linear solver contract: drive the true residual ||b - H q|| below residual_tol, sample by sample."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bilevel_imaging.derivatives import Linearization
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSolution:
+    """Evidence of a linear solve; residuals are recomputed from the returned q, not taken from the recursion.
+
+    Attributes:
+        q: ``(B, *image)``.
+        residual_norm: ||b_i - H_i q_i||, ``(B,)``.
+        iterations: per sample, int64 ``(B,)``.
+        converged: ``residual_norm <= residual_tol``, bool ``(B,)``.
+        reason: why each sample stopped: "converged", "max_iter", "stagnated" (rounding floor), "not positive definite",
+            "not finite".
+    """
+
+    q: Tensor
+    residual_norm: Tensor
+    iterations: Tensor
+    converged: Tensor
+    reason: tuple[str, ...]
+
+
+class LinearSolver(abc.ABC):
+    """Solves B symmetric positive definite systems H_i q_i = b_i; one sample never influences another."""
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        linearization: Linearization,
+        rhs: Tensor,
+        residual_tol: float | Tensor,
+        *,
+        q0: Tensor | None = None,
+        max_iter: int | None = None,
+    ) -> LinearSolution:
+        """Solve until ||b_i - H_i q_i|| <= residual_tol_i (absolute, true residual).
+
+        Args:
+            linearization: gives ``hvp`` and, where known, ``constants`` and ``preconditioner()``.
+            rhs: b, ``(B, *image)``; of any scale, zero samples included.
+            residual_tol: float or ``(B,)``, in the units of b.
+            q0: warm start; ``None`` for 0.
+            max_iter: iteration limit per sample; ``None`` for the solver's own.
+
+        Raises:
+            ValueError: wrong shapes or dtypes, negative or NaN tolerances.
+        """

@@ -1,0 +1,258 @@
+"""Newton's method with truncated conjugate gradients: the default lower-level solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.derivatives import Linearization
+from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.linear_solvers._iteration import Preconditioner
+from bilevel_imaging.linear_solvers.conjugate_gradient import ConjugateGradient
+from bilevel_imaging.lower_solvers.base import LowerSolution, LowerSolver
+from bilevel_imaging.tensors import as_per_sample, inner, norm, per_sample
+
+RUNNING, CONVERGED, MAX_ITER, STAGNATED, NOT_FINITE = range(5)
+_REASONS = ("running", "converged", "max_iter", "stagnated", "not finite")
+
+# Residual of the Newton system relative to the gradient: at most this, and less as the gradient falls.
+_LARGEST_FORCING = 0.5
+# The Newton residual need not be smaller than this fraction of the final gradient norm.
+_OVERSOLVE = 0.5
+# A trial past the minimum along the line is accepted only while the slope is below this fraction of the first one ...
+_SLOPE_FRACTION = 0.5
+# ... and the gradient norm is below this fraction of the smallest one so far, or the energy has not increased.
+_RECORD_FRACTION = 0.9
+_MAX_TRIALS = 12
+# A rejected trial step is multiplied by something between these, and by the first of them once half of the trials
+# are used up: the last ones reach 1e-6 of the step.
+_SHRINK = (0.1, 0.7)
+# Iterations without such a fall of the gradient norm, near the rounding floor, until a solve counts as stagnated.
+_PATIENCE = 3
+_NEAR_FLOOR = 4.0
+# A predicted decrease of fewer units of the last place of the energy can't be told from rounding.
+_ENERGY_UNITS = 16.0
+
+
+@dataclass
+class _State:
+    """The samples still in the working batch; ``(A,)`` unless said otherwise.
+
+    Attributes:
+        x, grad: current point and gradient, ``(A, *image)``; size: ||grad||.
+        best_x, best_size: the point with the smallest gradient so far, which is what is returned.
+        first_size: ||grad|| at the start, the reference of the forcing term.
+        curvature: strong convexity constant, or the smallest curvature met so far where none is known.
+        error_tol, status, iterations, index (position in the caller's batch), idle (iterations without progress).
+    """
+
+    x: Tensor
+    grad: Tensor
+    size: Tensor
+    best_x: Tensor
+    best_size: Tensor
+    first_size: Tensor
+    curvature: Tensor
+    error_tol: Tensor
+    status: Tensor
+    iterations: Tensor
+    idle: Tensor
+    index: Tensor
+
+    def take(self, index: Tensor) -> _State:
+        return _State(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @property
+    def target(self) -> Tensor:
+        """Gradient norm to reach. An infinite curvature (none met yet) asks for one step first."""
+        return torch.where(self.curvature.isfinite(), self.curvature * self.error_tol, 0.0)
+
+
+class NewtonCG(LowerSolver):
+    """Inexact Newton method, globally convergent on smooth strongly convex energies.
+
+    The Newton system is solved by conjugate gradients until its residual is below max(eta ||G||, mu error_tol / 2),
+    eta = min(1/2, sqrt(||G|| / ||G_0||)) (forcing terms: Dembo, Eisenstat & Steihaug 1982). The line search looks at
+    slopes <G(x + t d), d> rather than energies, which in float32 are below rounding long before the end: a trial with
+    a slope <= 0 has decreased a convex energy for certain. Other trials must lower the smallest gradient norm so far
+    by a fixed factor, which can happen finitely often only, or not increase the energy; failing that, the slopes
+    bracket the minimum along the line.
+
+    Where the energy has no known strong convexity constant, the stopping rule uses the smallest curvature
+    <d, H d> / ||d||^2 along the Newton directions instead. That is an estimate from above: ``converged`` then is a
+    heuristic and ``distance_bound`` is inf.
+
+    Args:
+        max_iter: default limit of Newton steps per sample.
+        max_inner: limit of conjugate gradient iterations per Newton step.
+        preconditioner: of the Newton systems; ``None``, ``"auto"`` for that of the linearization, or a callable.
+    """
+
+    def __init__(self, *, max_iter: int = 200, max_inner: int = 1000, preconditioner: Preconditioner = "auto"):
+        if max_iter < 0 or max_inner < 1:
+            raise ValueError(f"Expected max_iter >= 0 and max_inner >= 1. Got {max_iter} and {max_inner}.")
+        self.max_iter = max_iter
+        self.inner_solver = ConjugateGradient(max_iter=max_inner, preconditioner=preconditioner)
+
+    @torch.no_grad()
+    def solve(
+        self,
+        problem: LowerLevelProblem,
+        x0: Tensor | None,
+        error_tol: float | Tensor,
+        *,
+        max_iter: int | None = None,
+    ) -> LowerSolution:
+        """See ``LowerSolver.solve``."""
+        x = problem.initial() if x0 is None else x0
+        if x.shape != problem.shape or x.dtype != problem.dtype:
+            raise ValueError(
+                f"Expected x0 of shape {tuple(problem.shape)} and {problem.dtype}. Got {tuple(x.shape)}, {x.dtype}."
+            )
+        limit = self.max_iter if max_iter is None else max_iter
+        state, linearization = _start(problem, x.detach(), as_per_sample(error_tol, x, "error_tol"))
+        known = problem.constants().strong_convexity is not None
+        everything, working = state, problem
+        _settle(working, state, limit)
+        while bool((state.status == RUNNING).any()):
+            kept = (state.status == RUNNING).nonzero().squeeze(1)
+            if 2 * kept.shape[0] <= state.index.shape[0]:
+                smaller, part = working.subset(kept), linearization.subset(kept)
+                if smaller is not None and part is not None:
+                    _put(everything, state)
+                    working, linearization, state = smaller, part, state.take(kept)
+            linearization = self._step(working, linearization, state, known)
+            _settle(working, state, limit)
+        _put(everything, state)
+        return _solution(problem, everything)
+
+    def _step(
+        self, problem: LowerLevelProblem, linearization: Linearization, state: _State, known: bool
+    ) -> Linearization:
+        """One Newton step of the running samples; returns the linearization at the new points."""
+        running = state.status == RUNNING
+        forcing = (state.size / state.first_size).sqrt().clamp(max=_LARGEST_FORCING)
+        tol = torch.maximum(forcing * state.size, _OVERSOLVE * state.target)
+        tol = torch.where(running, tol, 0.0)  # a finished sample may have 0/0 or NaN here
+        rhs = torch.where(per_sample(running, state.grad), -state.grad, 0.0)
+        d = self.inner_solver._solve(linearization, rhs, tol, check=False).q
+        slope = inner(state.grad, d)
+        # without a descent direction (a Hessian that rounding made indefinite) fall back to the gradient
+        descends = slope < 0
+        d = torch.where(per_sample(descends | ~running, d), d, rhs)
+        slope = torch.where(descends | ~running, slope, -state.size.square())
+        if not known:
+            # <d, H d> = -<G, d> for the iterates of conjugate gradients
+            seen = torch.where(running & descends, -slope / inner(d, d), torch.inf)
+            state.curvature = torch.minimum(state.curvature, seen)
+        state.iterations += running
+        return _line_search(problem, state, d, slope, running)
+
+
+def _start(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor) -> tuple[_State, Linearization]:
+    linearization = problem.linearize(x)
+    grad = linearization.grad
+    size = norm(grad)
+    mu = problem.constants().strong_convexity
+    curvature = torch.full_like(size, torch.inf) if mu is None else mu.to(size).expand_as(size).clone()
+    zero = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    index = torch.arange(x.shape[0], device=x.device)
+    state = _State(
+        x.clone(), grad, size, x.clone(), size, size, curvature, error_tol, zero, zero.clone(), zero.clone(), index
+    )
+    return state, linearization
+
+
+def _line_search(problem: LowerLevelProblem, state: _State, d: Tensor, slope: Tensor, running: Tensor) -> Linearization:
+    """Move the running samples along d and return the linearization at the new points.
+
+    Slopes of a convex function increase along the line, so a trial with slope > 0 bounds the step from above. Samples
+    that no trial satisfies keep their point and are marked stagnated: down to the last trial, the slopes contradict
+    the direction of descent, which is rounding.
+    """
+    x = state.x
+    t = torch.where(running, torch.ones_like(slope), 0.0)
+    waiting = running
+    for trial in range(_MAX_TRIALS):
+        point = torch.addcmul(x, d, per_sample(t, d))
+        linearization = problem.linearize(point)
+        size = norm(linearization.grad)
+        new_slope = inner(linearization.grad, d)
+        fits = new_slope <= 0
+        near = waiting & ~fits & (new_slope <= _SLOPE_FRACTION * slope.abs())
+        near_record = near & (size <= _RECORD_FRACTION * state.best_size)
+        fits = fits | near_record
+        if bool((near & ~near_record).any()):
+            fits = fits | (near & (problem.value(point) <= problem.value(x)))
+        waiting = waiting & ~fits
+        if not bool(waiting.any()):
+            break
+        if trial == _MAX_TRIALS - 2:
+            # the last evaluation is at the points that the failing samples keep
+            state.status = torch.where(waiting, STAGNATED, state.status)
+            t = torch.where(waiting, 0.0, t)
+            continue
+        # where the secant of the slope is 0; an overflown trial falls to the lower end
+        most = _SHRINK[1] if 2 * trial < _MAX_TRIALS else _SHRINK[0]
+        fraction = (slope / (slope - new_slope)).nan_to_num(0.0).clamp(_SHRINK[0], most)
+        t = torch.where(waiting, fraction * t, t)
+    _accept(state, point, linearization.grad, size, running)
+    return linearization
+
+
+def _accept(state: _State, x: Tensor, grad: Tensor, size: Tensor, running: Tensor) -> None:
+    """Update points and records of the running samples; the others were evaluated where they are."""
+    state.x = torch.where(per_sample(running, x), x, state.x)
+    state.grad = torch.where(per_sample(running, x), grad, state.grad)
+    state.size = torch.where(running, size, state.size)
+    # near the floor, tiny records come up by chance for a long time: they don't count as progress
+    progress = size <= _RECORD_FRACTION * state.best_size
+    state.idle = torch.where(progress, 0, state.idle + 1)
+    record = running & (size < state.best_size)
+    state.best_x = torch.where(per_sample(record, x), x, state.best_x)
+    state.best_size = torch.where(record, size, state.best_size)
+
+
+def _settle(problem: LowerLevelProblem, state: _State, max_iter: int) -> None:
+    """Mark the running samples that have converged, stagnated, reached the limit or left the finite numbers."""
+    running = state.status == RUNNING
+    status = torch.where(state.iterations >= max_iter, MAX_ITER, RUNNING)
+    if bool((running & (state.idle >= _PATIENCE)).any()):
+        status = torch.where((state.idle >= _PATIENCE) & _at_floor(problem, state), STAGNATED, status)
+    status = torch.where(state.size <= state.target, CONVERGED, status)
+    status = torch.where(state.size.isfinite(), status, NOT_FINITE)
+    state.status = torch.where(running, status, state.status)
+
+
+def _at_floor(problem: LowerLevelProblem, state: _State) -> Tensor:
+    """Whether the gradient is at its rounding errors, or no decrease of the energy can be seen any more."""
+    unit = torch.finfo(state.x.dtype).eps
+    at_gradient_floor = state.best_size <= _NEAR_FLOOR * problem.gradient_rounding(state.best_x)
+    # the energy exceeds its minimum by at most ||G||^2 / (2 mu)
+    excess = state.best_size.square() / (2 * state.curvature)
+    return at_gradient_floor | (excess <= _ENERGY_UNITS * unit * problem.value(state.best_x).abs())
+
+
+def _put(everything: _State, part: _State) -> None:
+    """Write the results of a part of the batch back to the whole."""
+    if part is everything:
+        return
+    for f in fields(part):
+        if f.name != "index":
+            getattr(everything, f.name)[part.index] = getattr(part, f.name)
+
+
+def _solution(problem: LowerLevelProblem, state: _State) -> LowerSolution:
+    size = torch.where(state.best_size.isfinite(), state.best_size, torch.inf)
+    mu = problem.constants().strong_convexity
+    bound = torch.full_like(size, torch.inf) if mu is None else size / mu.to(size)
+    return LowerSolution(
+        x=state.best_x,
+        grad_norm=size,
+        distance_bound=bound,
+        iterations=state.iterations,
+        converged=state.status == CONVERGED,
+        reason=tuple(_REASONS[code] for code in state.status.tolist()),
+    )

@@ -1,0 +1,9 @@
+"""Smooth convex regularizers R(x; theta) with closed-form derivatives and true constants."""
+
+from bilevel_imaging.regularizers.base import Regularizer
+from bilevel_imaging.regularizers.tikhonov import Tikhonov
+from bilevel_imaging.regularizers.total_variation import TotalVariation
+
+REGULARIZERS: dict[str, type[Regularizer]] = {"total_variation": TotalVariation, "tikhonov": Tikhonov}
+
+__all__ = ["REGULARIZERS", "Regularizer", "Tikhonov", "TotalVariation"]

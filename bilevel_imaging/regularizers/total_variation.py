@@ -1,0 +1,252 @@
+"""Smoothed total variation with learnable weight and smoothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.derivatives import Constants, Directional, Linearization
+from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
+from bilevel_imaging.regularizers.differences import differences_adjoint, forward_differences, squared_operator_norm
+
+# phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2), sup |d^2/dt^2 of d phi'/d log nu| = X2 / nu^2
+M3 = 48 / (25 * math.sqrt(5))
+X1 = 2 / (3 * math.sqrt(3))  # sup |d phi' / d log nu|
+X2 = 1.933
+
+
+class TotalVariation(Regularizer):
+    """R(x) = weight * sum over pixels and channels of sqrt(dx^2 + dy^2 + smoothing^2) (isotropic).
+
+    Anisotropic: sqrt(dx^2 + smoothing^2) + sqrt(dy^2 + smoothing^2). Forward differences, zero at the last row and
+    column. Color images channel by channel, unless ``couple_channels`` puts all channels of a pixel under one root.
+
+    Args:
+        weight: positive; stored as ``log_weight``.
+        smoothing: positive, in the units of x; stored as ``log_smoothing``.
+        isotropic: one root per pixel instead of one per difference.
+        learn_weight: whether ``log_weight`` is learned.
+        learn_smoothing: whether ``log_smoothing`` is learned.
+        couple_channels: one root for all channels (isotropic only).
+
+    Raises:
+        ValueError: if weight or smoothing is not positive, or channels are coupled without ``isotropic``.
+
+    Constants: Rudin-Osher-Fatemi energies smoothed as in Ehrhardt & Roberts (2021, 2023); all bounds hold for every x.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        smoothing: float = 0.01,
+        isotropic: bool = True,
+        *,
+        learn_weight: bool = True,
+        learn_smoothing: bool = True,
+        couple_channels: bool = False,
+    ):
+        super().__init__()
+        if couple_channels and not isotropic:
+            raise ValueError("Expected isotropic=True when couple_channels=True. Got isotropic=False.")
+        self.log_weight = positive_parameter(weight, "weight", learn_weight)
+        self.log_smoothing = positive_parameter(smoothing, "smoothing", learn_smoothing)
+        self.isotropic = isotropic
+        self.couple_channels = couple_channels
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this regularizer (parameters are stored separately)."""
+        return {
+            "isotropic": self.isotropic,
+            "couple_channels": self.couple_channels,
+            "learn_weight": self.log_weight.requires_grad,
+            "learn_smoothing": self.log_smoothing.requires_grad,
+        }
+
+    def _parameters_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # exponentiated in the parameters' own precision, so that float32 images do not round the weights twice
+        return self.log_weight.exp().to(x.dtype), self.log_smoothing.exp().to(x.dtype)
+
+    def _group(self, a: Tensor) -> Tensor:
+        """Sum over what shares one root; a: (2, B, C, H, W)."""
+        if not self.isotropic:
+            return a
+        return a.sum((0, 2), keepdim=True) if self.couple_channels else a[0:1] + a[1:2]
+
+    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight, smoothing = self._parameters_like(x)
+        z = forward_differences(x)
+        s = (self._group(z * z) + smoothing * smoothing).sqrt()
+        return weight * s.transpose(0, 1).flatten(1).sum(1)
+
+    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight, smoothing = self._parameters_like(x)
+        z = forward_differences(x)
+        s = (self._group(z * z) + smoothing * smoothing).sqrt()
+        return weight * differences_adjoint(z / s)
+
+    def linearize(self, x: Tensor) -> Linearization:
+        with torch.no_grad():
+            return TotalVariationLinearization(self, x.detach())
+
+    def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
+        weight, smoothing = float(self.log_weight.detach().exp()), float(self.log_smoothing.detach().exp())
+        norm2 = squared_operator_norm(shape[-2], shape[-1])
+        roots = math.prod(shape[1:]) * (1 if self.isotropic else 2) / (shape[1] if self.couple_channels else 1)
+        lipschitz = weight * norm2 / smoothing  # of both columns: sup phi'' = Lip(d phi'/d log nu) = 1/nu
+        columns = int(self.log_weight.requires_grad) + int(self.log_smoothing.requires_grad)
+        sizes = [1.0] * self.log_weight.requires_grad + [X1] * self.log_smoothing.requires_grad
+        bounds = (
+            0.0,
+            lipschitz,
+            weight * M3 / smoothing**2 * norm2 * self.row_norm,
+            weight * math.sqrt(norm2 * roots) * math.hypot(*sizes),
+            lipschitz * math.sqrt(columns),
+        )
+        device = self.log_weight.device
+        return Constants(*(torch.full((shape[0],), b, dtype=torch.float64, device=device) for b in bounds))
+
+    @property
+    def row_norm(self) -> float:
+        """||D||_{2 -> inf} over the groups under one root: largest norm of the rows of one group."""
+        return math.sqrt(3) if self.isotropic else math.sqrt(2)
+
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight, smoothing = self._parameters_like(x)
+            z = forward_differences(x.detach())
+            n = z / (self._group(z * z) + smoothing * smoothing).sqrt()
+            size = n.transpose(0, 1).double().flatten(1).norm(dim=1)
+            return weight.double() * math.sqrt(8) * size
+
+
+class TotalVariationLinearization(Linearization):
+    """Caches the unit field n = Dx / s and s, with s the smoothed length; H v = weight D^T (Dv - n <n, Dv>) / s."""
+
+    def __init__(self, regularizer: TotalVariation, x: Tensor):
+        self.regularizer = regularizer
+        self.weight, self.smoothing = regularizer._parameters_like(x.detach())
+        self.weight, self.smoothing = self.weight.detach(), self.smoothing.detach()
+        self.shape = x.shape
+        self.constants = regularizer.constants(x.shape)
+        z = forward_differences(x)
+        squared = regularizer._group(z * z)
+        self.reciprocal = squared.add_(self.smoothing * self.smoothing).rsqrt_() if regularizer.isotropic else None
+        if self.reciprocal is None:
+            self.reciprocal = (z * z).add_(self.smoothing * self.smoothing).rsqrt_()
+        self.unit = z.mul_(self.reciprocal)
+        self.grad = self.weight * differences_adjoint(self.unit)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return self.weight * differences_adjoint(self._curvature(forward_differences(v)))
+
+    def _curvature(self, dv: Tensor) -> Tensor:
+        """phi''(Dx) dv, in place."""
+        along = self.regularizer._group(self.unit * dv)
+        return dv.addcmul_(self.unit, along, value=-1).mul_(self.reciprocal)
+
+    def _smoothing_field(self) -> Tensor:
+        """d phi' / d log nu = -nu^2 z / s^3."""
+        return -(self.smoothing**2) * self.unit * self.reciprocal.square()
+
+    def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
+        products: dict[str, Tensor] = {}
+        trainable = self.regularizer.trainable()
+        if "log_weight" in trainable:
+            products["log_weight"] = (q * self.grad).sum().to(self.regularizer.log_weight.dtype)
+        if "log_smoothing" in trainable:
+            total = self.weight * (forward_differences(q) * self._smoothing_field()).sum()
+            products["log_smoothing"] = total.to(self.regularizer.log_smoothing.dtype)
+        return products
+
+    def mixed_columns(self) -> Tensor:
+        columns = []
+        if self.regularizer.log_weight.requires_grad:
+            columns.append(self.grad)
+        if self.regularizer.log_smoothing.requires_grad:
+            columns.append(self.weight * differences_adjoint(self._smoothing_field()))
+        if not columns:
+            return self.grad.new_zeros((self.shape[0], 0, *self.shape[1:]))
+        return torch.stack(columns, 1)
+
+    def directional(self, q: Tensor, radius: Tensor) -> Directional:
+        """Localized: sup |phi'''| is taken over what each difference can become inside the ball."""
+        dq = forward_differences(q)
+        norm2 = squared_operator_norm(self.shape[-2], self.shape[-1])
+        length_q = self._lengths(dq)
+        length = self._lengths(self.unit / self.reciprocal)
+        reach = self.regularizer.row_norm * radius.reshape(1, -1, *([1] * (length.dim() - 2)))
+        low, high = (length - reach).clamp_(min=0), length + reach
+        nu = self.smoothing
+
+        def per_sample_max(a: Tensor) -> Tensor:
+            return a.transpose(0, 1).flatten(1).amax(1)
+
+        third = self._third_derivative(torch.minimum(torch.maximum(nu / 2, low), high))
+        hessian = self.weight * norm2 * per_sample_max(third * length_q)
+        components = []
+        if self.regularizer.log_weight.requires_grad:
+            slope = self.weight * differences_adjoint(self._curvature(dq.clone()))
+            components.append(_norm(slope) + 0.5 * hessian * radius)
+        if self.regularizer.log_smoothing.requires_grad:
+            slope = self.weight * differences_adjoint(self._smoothing_curvature(dq))
+            fourth = torch.where(low >= nu / 2, (6 * nu**2 / (low**2 + nu**2) ** 2), X2 / nu**2).clamp_(max=X2 / nu**2)
+            remainder = self.weight * norm2 * per_sample_max(fourth * length_q)
+            components.append(_norm(slope) + 0.5 * remainder * radius)
+        stacked = torch.stack(components, 1) if components else q.new_zeros((self.shape[0], 0))
+        return Directional(hessian, stacked.norm(dim=1), stacked)
+
+    def _lengths(self, z: Tensor) -> Tensor:
+        """Length of what is under one root."""
+        return self.regularizer._group(z * z).sqrt()
+
+    def _third_derivative(self, t: Tensor) -> Tensor:
+        """sup of the norm of D^3 phi over vectors of length t; unimodal with its peak M3/nu^2 at nu/2."""
+        s2 = t * t + self.smoothing**2
+        line = 3 * self.smoothing**2 * t * s2 ** (-2.5)
+        if not self.regularizer.isotropic:
+            return line
+        # a vector of length t >= nu/sqrt(2) has directions with a larger third derivative than its own
+        return torch.where(t * t > 0.5 * self.smoothing**2, 2 / math.sqrt(3) / s2, line)
+
+    def _smoothing_curvature(self, dq: Tensor) -> Tensor:
+        """Derivative of d phi'/d log nu along dq: -nu^2 (dq - 3 n <n, dq>) / s^3."""
+        along = self.regularizer._group(self.unit * dq)
+        return -(self.smoothing**2) * (dq - 3 * self.unit * along) * self.reciprocal**3
+
+    def hessian_diagonal(self) -> Tensor:
+        """Diagonal of the Hessian, ``(B, C, H, W)``."""
+        own = (1 - self.unit**2) * self.reciprocal.expand_as(self.unit)
+        cross = -self.unit[0] * self.unit[1] * self.reciprocal[0] if self.regularizer.isotropic else None
+        # a pixel is the start of its own two differences and the end of its left and upper neighbors' ones
+        start = own.clone()
+        start[0][..., -1] = 0
+        start[1][..., -1, :] = 0
+        diagonal = start[0] + start[1] if cross is None else start[0] + start[1] + 2 * cross
+        diagonal[..., 1:] += start[0][..., :-1]
+        diagonal[..., 1:, :] += start[1][..., :-1, :]
+        return self.weight * diagonal
+
+    def mean_curvature(self) -> Tensor:
+        """Mean of weight * phi'' over pixels and directions, ``(B,)``: what a shift-invariant model of H uses."""
+        own = (1 - self.unit**2) * self.reciprocal.expand_as(self.unit)
+        return self.weight * own.transpose(0, 1).flatten(1).mean(1)
+
+    def subset(self, index: Tensor) -> Linearization:
+        other = object.__new__(TotalVariationLinearization)
+        other.regularizer, other.weight, other.smoothing = self.regularizer, self.weight, self.smoothing
+        other.shape = torch.Size((len(index), *self.shape[1:]))
+        other.constants = self.constants.subset(index)
+        other.reciprocal, other.unit = self.reciprocal[:, index], self.unit[:, index]
+        other.grad = self.grad[index]
+        return other
+
+    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+        return None
+
+
+def _norm(a: Tensor) -> Tensor:
+    return a.flatten(1).norm(dim=1)

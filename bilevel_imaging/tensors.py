@@ -1,0 +1,65 @@
+"""Per-sample algebra: everything that turns ``(B, *image)`` into ``(B,)`` and back lives here.
+
+Shape legend used in the whole package: B independent problems solved together, ``image`` = (C, H, W) (or any
+trailing shape), n scalar parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean inner product of every sample: two ``(B, *image)`` tensors to ``(B,)``."""
+    return (a * b).flatten(1).sum(1)
+
+
+def squared_norm(a: Tensor) -> Tensor:
+    """Squared Euclidean norm of every sample, ``(B, *image)`` to ``(B,)``; twice differentiable at 0."""
+    return inner(a, a)
+
+
+def norm(a: Tensor) -> Tensor:
+    """Euclidean norm of every sample, ``(B, *image)`` to ``(B,)``.
+
+    Scaled by the largest entry, so that images of size 1e-30 in float32 keep their norm instead of underflowing.
+    """
+    flat = a.flatten(1)
+    scale = flat.abs().amax(1)
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale * (flat / safe.unsqueeze(1)).square().sum(1).sqrt()
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape ``(B,)`` values so that they broadcast against the ``(B, *image)`` tensor ``like``."""
+    return values.reshape(values.shape[0], *([1] * (like.dim() - 1)))
+
+
+def as_per_sample(value: float | Tensor, reference: Tensor, name: str) -> Tensor:
+    """A float or ``(B,)`` tensor as a ``(B,)`` tensor with the dtype and device of ``reference`` ``(B, *image)``.
+
+    Raises:
+        ValueError: if a tensor of another length is given, or a value is NaN or negative.
+    """
+    batch = reference.shape[0]
+    result = torch.as_tensor(value, dtype=reference.dtype, device=reference.device).detach()
+    if result.dim() == 0:
+        result = result.expand(batch)
+    if result.shape != (batch,):
+        raise ValueError(
+            f"Expected {name} as one float or one value per sample, shape ({batch},). Got shape {tuple(result.shape)}."
+        )
+    if not bool((result >= 0).all()):
+        raise ValueError(f"Expected {name} >= 0 for every sample. Got {result.tolist()}.")
+    return result.clone()
+
+
+def binary_scale(b: Tensor) -> Tensor:
+    """A power of two near the largest entry of every sample, ``(B,)``; 1 where that is 0 or not finite."""
+    largest = b.detach().flatten(1).abs().amax(1)
+    usable = largest.isfinite() & (largest > 0)
+    exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent
+    # away from the ends of the range, so that the reciprocal is a normal number too
+    reach = 120 if b.dtype == torch.float32 else 1000
+    return torch.exp2(exponent.clamp(-reach, reach).to(b.dtype))

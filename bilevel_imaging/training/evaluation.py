@@ -1,0 +1,267 @@
+"""How good a learned regularizer is: PSNR and SSIM of its reconstructions, beside the usual grid search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.data import ImagePairs
+from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.lower_solvers import LowerSolver
+from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
+from bilevel_imaging.training.reconstruction import minimize
+
+MEASUREMENT, LEARNED, GRID_SEARCH = "measurement", "learned", "grid_search"
+METRICS = ("psnr", "ssim")
+# images reconstructed together at most
+MAX_BATCH = 8
+
+# The baseline: what one would do without bilevel learning. The smoothing is as small as TV usually has it.
+BASELINE_SMOOTHING = 0.01
+GRID = tuple(10 ** (-4 + k / 3) for k in range(16))  # 1e-4 to 10
+REFINEMENTS = 7  # further weights between the two neighbors of the best one
+
+
+def image_metrics(x: Tensor, x_true: Tensor) -> dict[str, list[float]]:
+    """PSNR in dB and SSIM of every image ``(B, C, H, W)``, for the range [0, 1]; values outside are not clipped."""
+    from deepinv.metric import PSNR, SSIM
+
+    x, x_true = x.detach().double(), x_true.double()
+    with torch.no_grad():
+        values = {"psnr": PSNR(max_pixel=1)(x, x_true), "ssim": SSIM()(x, x_true)}
+    return {name: [float(v) for v in value.reshape(-1)] for name, value in values.items()}
+
+
+def reconstruct_pairs(
+    energy: VariationalEnergy,
+    pairs: ImagePairs,
+    *,
+    error_tol: float | None = None,
+    solver: LowerSolver | None = None,
+    starts: Mapping[int, Tensor] | None = None,
+    batch_size: int = MAX_BATCH,
+) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """Reconstruct every image of a set.
+
+    Args:
+        energy: with the regularizer to use.
+        pairs: images and measurements.
+        error_tol: see :func:`bilevel_imaging.training.reconstruction.minimize`.
+        solver: lower-level solver, ``None`` for Newton-CG.
+        starts: warm starts by index.
+        batch_size: most images at once.
+
+    Returns:
+        reconstructions ``(C, H, W)`` and certified distances to the minimizers, by ``ImagePairs.indices``.
+    """
+    points: dict[int, Tensor] = {}
+    distances: dict[int, float] = {}
+    for batch in pairs.batches(batch_size):
+        indices = batch.indices.tolist()
+        warm = starts is not None and all(i in starts for i in indices)
+        x0 = torch.stack([starts[i] for i in indices]) if warm and starts is not None else None
+        x, info = minimize(energy.bind(batch.y, batch.physics), x0, error_tol, solver)
+        points.update(zip(indices, x.unbind(0), strict=True))
+        distances.update(zip(indices, info.distance_bound.tolist(), strict=True))
+    return points, distances
+
+
+@dataclass
+class Validator:
+    """PSNR and SSIM on validation images, for ``Trainer(validate=v.validate, log_images=v.images)``.
+
+    Keeps warm starts of its own, so that looking changes neither the training nor the numbers it gives by more than
+    the accuracy 1e-4 per pixel.
+
+    Attributes:
+        energy: the energy that is trained.
+        pairs: validation images.
+        solver: lower-level solver, ``None`` for Newton-CG.
+        max_images: how many pictures are shown.
+    """
+
+    energy: VariationalEnergy
+    pairs: ImagePairs
+    solver: LowerSolver | None = None
+    max_images: int = 4
+    _points: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _measured: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def validate(self) -> dict[str, float]:
+        """Means over the images: ``psnr``, ``ssim``, and ``psnr_noisy`` of the measurements."""
+        self._update()
+        if not self._measured:
+            scores = _scores(self.pairs, dict(zip(self.pairs.indices, self.pairs.y, strict=True)))
+            self._measured = {"psnr_noisy": _mean(scores["psnr"])}
+        scores = _scores(self.pairs, self._points)
+        return {name: _mean(scores[name]) for name in METRICS} | self._measured
+
+    def images(self) -> dict[str, Tensor]:
+        """Pictures of the first images of one shape; call :meth:`validate` before for those of the current theta."""
+        if not self._points:
+            self._update()
+        positions = self.pairs.order(self.max_images)[0]
+        batch = self.pairs.batch(positions)
+        shown = torch.stack([self._points[i] for i in batch.indices.tolist()])
+        return {"gt": batch.x, "measurement": batch.y, "reconstruction": shown}
+
+    def _update(self) -> None:
+        self._points, _ = reconstruct_pairs(self.energy, self.pairs, solver=self.solver, starts=self._points)
+
+
+def _scores(pairs: ImagePairs, images: Mapping[int, Tensor]) -> dict[str, list[float]]:
+    """Metrics in the order of the pairs, one image at a time: sizes differ."""
+    result: dict[str, list[float]] = {name: [] for name in METRICS}
+    for index, x_true in zip(pairs.indices, pairs.x, strict=True):
+        for name, values in image_metrics(images[index][None], x_true[None]).items():
+            result[name] += values
+    return result
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSearch:
+    """The best single weight for training images.
+
+    Attributes:
+        weight: the best weight.
+        smoothing: fixed, ``None`` where the regularizer has none.
+        loss: mean upper-level loss on the training images there.
+        tried: all weights with their losses, sorted.
+    """
+
+    weight: float
+    smoothing: float | None
+    loss: float
+    tried: list[tuple[float, float]]
+
+
+def baseline(regularizer: Regularizer, weight: float) -> Regularizer:
+    """The regularizer that a grid search tunes: the same Tikhonov, or else TV with the smoothing 0.01."""
+    if isinstance(regularizer, Tikhonov):
+        return Tikhonov(weight, regularizer.operator, learn_weight=False)
+    kind = {n: getattr(regularizer, n) for n in ("isotropic", "couple_channels") if hasattr(regularizer, n)}
+    return TotalVariation(weight, BASELINE_SMOOTHING, learn_weight=False, learn_smoothing=False, **kind)
+
+
+def grid_search(regularizer: Regularizer, pairs: ImagePairs, *, ridge: float = 0.0) -> GridSearch:
+    """The weight with the smallest mean squared error on the *training* images; never sees test images.
+
+    Criterion and images are those of the learning, so that both have had the same chance. A logarithmic grid (three
+    weights a decade, from small to large until the loss has risen twice in a row) is refined once around its best.
+
+    Args:
+        regularizer: decides on the baseline, see :func:`baseline`.
+        pairs: training images.
+        ridge: of the energy.
+    """
+    device = pairs.x[0].device
+    points: dict[int, Tensor] = {}
+    tried: dict[float, float] = {}
+
+    def loss(weight: float) -> float:
+        energy = VariationalEnergy(baseline(regularizer, weight).to(device), ridge=ridge)
+        # a tenth of the accuracy of an evaluation: enough to compare weights
+        tolerance = 1e-3 * pairs.x[0].numel() ** 0.5
+        points.update(reconstruct_pairs(energy, pairs, error_tol=tolerance, starts=points, batch_size=64)[0])
+        squares = [
+            0.5 * float((points[i] - x).double().square().sum()) for i, x in zip(pairs.indices, pairs.x, strict=True)
+        ]
+        tried[weight] = _mean(squares)
+        return tried[weight]
+
+    _walk(loss, GRID)
+    best = min(tried, key=lambda w: tried[w])
+    below = max((w for w in tried if w < best), default=best / 2)
+    above = min((w for w in tried if w > best), default=best * 2)
+    for k in range(1, REFINEMENTS + 1):
+        loss(below * (above / below) ** (k / (REFINEMENTS + 1)))
+    best = min(tried, key=lambda w: tried[w])
+    smoothing = None if isinstance(regularizer, Tikhonov) else BASELINE_SMOOTHING
+    return GridSearch(weight=best, smoothing=smoothing, loss=tried[best], tried=sorted(tried.items()))
+
+
+def _walk(loss: Callable[[float], float], grid: Sequence[float]) -> None:
+    rises, last = 0, float("inf")
+    for weight in grid:
+        value = loss(weight)
+        rises = rises + 1 if value > last else 0
+        last = value
+        if rises == 2:
+            return
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of several methods on one set of images.
+
+    Attributes:
+        names: of the images.
+        scores: metric ("psnr", "ssim") to method ("measurement", "learned", "grid_search") to values by image.
+        distance_bound: method to certified distances of its reconstructions to its minimizers, by image.
+        pictures: images by method, "gt" included, ``(C, H, W)`` each, in the order of ``names``.
+    """
+
+    names: list[str]
+    scores: dict[str, dict[str, list[float]]]
+    distance_bound: dict[str, list[float]]
+    pictures: dict[str, list[Tensor]] = field(repr=False)
+
+    def mean(self, metric: str) -> dict[str, float]:
+        """Mean over the images by method."""
+        return {method: _mean(values) for method, values in self.scores[metric].items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means under the keys of summary.json, and every image."""
+        images = {
+            name: {metric: {m: v[i] for m, v in self.scores[metric].items()} for metric in METRICS}
+            | {"distance_bound": {m: v[i] for m, v in self.distance_bound.items()}}
+            for i, name in enumerate(self.names)
+        }
+        return {**{metric: self.mean(metric) for metric in METRICS}, "images": images}
+
+    def table(self) -> str:
+        """PSNR and SSIM by image and method as plain text; the best value of a row is marked."""
+        methods = list(self.scores["psnr"])
+        width = max([len("mean"), *map(len, self.names)])
+        header = [f"PSNR {m.replace('_', ' ')}" for m in methods] + [f"SSIM {m.replace('_', ' ')}" for m in methods]
+        lines = ["  ".join([f"{'image':{width}}", *(f"{h:>{len(h) + 1}}" for h in header)])]
+        rows = [
+            (n, {k: {m: v[i] for m, v in s.items()} for k, s in self.scores.items()}) for i, n in enumerate(self.names)
+        ]
+        for name, row in [*rows, ("mean", {k: self.mean(k) for k in METRICS})]:
+            cells = []
+            for metric, digits in (("psnr", 2), ("ssim", 4)):
+                best = max(row[metric].values())
+                cells += [f"{v:.{digits}f}{'*' if v == best else ' '}" for v in row[metric].values()]
+            columns = [f"{c:>{len(h) + 1}}" for c, h in zip(cells, header, strict=True)]
+            lines.append("  ".join([f"{name:{width}}", *columns]).rstrip())
+        return "\n".join(lines)
+
+
+def evaluate(energies: Mapping[str, VariationalEnergy], pairs: ImagePairs) -> Evaluation:
+    """Score the measurements and the reconstructions of several energies.
+
+    Args:
+        energies: by method name, e.g. "grid_search" and "learned".
+        pairs: images and measurements, in float64 for the sharpest certificates.
+    """
+    images = {MEASUREMENT: dict(zip(pairs.indices, pairs.y, strict=True))}
+    distances: dict[str, list[float]] = {}
+    for method, energy in energies.items():
+        images[method], bounds = reconstruct_pairs(energy, pairs)
+        distances[method] = [bounds[i] for i in pairs.indices]
+    scores = {method: _scores(pairs, points) for method, points in images.items()}
+    return Evaluation(
+        names=list(pairs.names),
+        scores={metric: {method: scores[method][metric] for method in images} for metric in METRICS},
+        distance_bound=distances,
+        pictures={"gt": list(pairs.x), **{m: [points[i] for i in pairs.indices] for m, points in images.items()}},
+    )

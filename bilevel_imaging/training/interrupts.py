@@ -1,0 +1,42 @@
+"""Ctrl-C and termination requests turned into a flag that is looked at between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class SignalGuard:
+    """Context manager: the first SIGINT or SIGTERM sets ``requested``; a SIGINT after that raises KeyboardInterrupt.
+
+    Outside the main thread, where Python allows no handlers, and for signals that are ignored (``nohup``) it leaves
+    everything as it is.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalGuard:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # schedulers repeat SIGTERM
+        self.requested = True
+        # Plain os.write: print may be running when the signal arrives.
+        os.write(2, b"\nStopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.\n")

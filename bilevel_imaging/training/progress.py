@@ -1,0 +1,107 @@
+"""What the terminal shows: a bar on a terminal, a plain line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+def format_interval(value: float, lower: float, upper: float) -> str:
+    """``12.34 [12.30, 12.36]`` with as many decimals as the width of the interval makes sense of."""
+    if not (math.isfinite(lower) and math.isfinite(upper)):
+        return f"{value:.4g} [not certified]"
+    scale = max(abs(value), abs(lower), abs(upper))
+    width = upper - lower
+    if scale == 0 or not 1e-3 <= scale < 1e6:
+        return f"{value:.5g} [{lower:.5g}, {upper:.5g}]"
+    decimals = 3 - math.floor(math.log10(scale))  # four significant digits
+    if width > 0:
+        decimals = max(min(decimals, 2), 1 - math.floor(math.log10(width)))
+    decimals = min(max(decimals, 0), 9)
+    return f"{value:.{decimals}f} [{lower:.{decimals}f}, {upper:.{decimals}f}]"
+
+
+def describe(record: Mapping[str, Any], validation: Mapping[str, float]) -> str:
+    """One line: loss with its interval, PSNR of the last validation, accuracies, relative bound, trust."""
+    parts = [f"loss {format_interval(record['loss'], record['loss_lower'], record['loss_upper'])}"]
+    if "psnr" in validation:
+        parts.append(f"PSNR {validation['psnr']:.2f}")
+    parts.append(f"eps {record['eps']:.1e}")
+    parts.append(f"delta {record['delta']:.1e}")
+    if record["certified"]:
+        parts.append(f"bound {100 * record['relative_bound']:.2g}%")
+    parts.append(f"trusted {'yes' if record['trusted'] else 'no'}")
+    return ", ".join(parts)
+
+
+class Progress:
+    """A bar on a terminal, else at most one line every ``interval`` seconds; the first and last steps always.
+
+    Args:
+        total: steps of the whole run.
+        initial: steps already done.
+        enabled: ``False`` shows nothing but messages.
+        stream: where to; ``None`` for standard error.
+        interval: seconds between two plain lines.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        *,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        interval: float = 5.0,
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._total = total
+        self._enabled = enabled
+        self._interval = interval
+        self._next = 0.0
+        self._waiting = ""
+        self._bar: tqdm | None = None
+        if enabled and self._stream.isatty():
+            layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(
+                total=total, initial=initial, file=self._stream, dynamic_ncols=True, bar_format=layout, leave=True
+            )
+
+    def update(self, record: Mapping[str, Any], validation: Mapping[str, float]) -> None:
+        """Show one finished step."""
+        if not self._enabled:
+            return
+        text = describe(record, validation)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(record["step"] - self._bar.n)
+            return
+        self._waiting = f"step {record['step']}/{self._total}: {text}, {record['seconds']:.0f} s"
+        now = time.monotonic()
+        if now >= self._next:
+            self._flush()
+            self._next = now + self._interval
+
+    def message(self, text: str) -> None:
+        """One line that must be seen, without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Finish the bar or print the last line that was held back."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            print(self._waiting, file=self._stream, flush=True)
+            self._waiting = ""

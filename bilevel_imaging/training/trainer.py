@@ -1,0 +1,279 @@
+"""The training loop: steps of an upper-level method, logged, saved, and resumed bit for bit.
+
+What a step computes never depends on time, on validation or on the schedule of checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.errors import CheckpointError
+from bilevel_imaging.training.checkpoints import CheckpointStore
+from bilevel_imaging.training.interrupts import SignalGuard
+from bilevel_imaging.training.metrics_log import truncate_metrics
+from bilevel_imaging.training.result import TrainingResult
+from bilevel_imaging.training.run_log import METRICS_FILE, RunLog, step_record
+from bilevel_imaging.training.state import TrainableObjective, full_state, preserved, restore_state
+from bilevel_imaging.upper_level.base import StepReport, UpperLevelMethod
+
+CHECKPOINT_FOLDER = "checkpoints"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Trainer:
+    """Runs an upper-level method on an objective and keeps a run folder.
+
+    The folder holds ``checkpoints/step-*.pt``, ``metrics.jsonl``, TensorBoard events and ``pictures/*.png``.
+
+    Args:
+        objective: gives values and hypergradients; ``theta`` is changed in place.
+        method: one call of ``step`` is one step.
+        run_dir: the run folder, made if needed.
+        max_steps: steps of the whole run, >= 0, those before a resume included.
+        validate: returns numbers by name, e.g. ``psnr``, ``ssim``, ``psnr_noisy``. Called before the first step,
+            every ``validate_every`` steps and at the end; what it does to random numbers, theta and warm starts is
+            undone.
+        validate_every: steps; 0 for only at the end.
+        checkpoint_every: steps, >= 1. A checkpoint is also saved before the first step, at the end and on Ctrl-C.
+        log_images: called with every validation, returns ``gt``, ``measurement`` and ``reconstruction``, each
+            ``(B, C, H, W)``, and any further picture ``(C, H, W)`` under a TensorBoard tag with a slash.
+        config: nested settings, shown by TensorBoard.
+        generators: further generators on which the steps depend (data order), by name; saved and restored.
+        tensorboard: write events.
+        progress: show a bar, or lines where there is no terminal.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        objective: TrainableObjective,
+        method: UpperLevelMethod,
+        run_dir: str | Path,
+        *,
+        max_steps: int,
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        validate_every: int = 10,
+        checkpoint_every: int = 10,
+        log_images: Callable[[], Mapping[str, Tensor]] | None = None,
+        config: Mapping[str, Any] | None = None,
+        generators: Mapping[str, torch.Generator] | None = None,
+        tensorboard: bool = True,
+        progress: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("max_steps", max_steps, 0),
+            ("validate_every", validate_every, 0),
+            ("checkpoint_every", checkpoint_every, 1),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Expected {name} as an integer >= {least}. Got {value!r}.")
+        self.objective, self.method, self.run_dir = objective, method, Path(run_dir)
+        self.max_steps = max_steps
+        self.validate, self.validate_every, self.log_images = validate, validate_every, log_images
+        self.checkpoint_every = checkpoint_every
+        self.config = dict(config or {})
+        self.generators = dict(generators or {})
+        self.tensorboard, self.progress = tensorboard, progress
+        self.store = CheckpointStore(self.run_dir / CHECKPOINT_FOLDER)
+        self.step, self.cost, self.seconds = 0, Cost(), 0.0
+        self._run: dict[str, Any] = {
+            "validation": {},
+            "validated": -1,
+            "stop": "",
+            "loss": [math.nan, -math.inf, math.inf],
+            "summary": {},
+        }
+        self._saved: int | None = None  # step of the newest checkpoint of this run
+        self._consistent = True  # False from the start of a step until its state can be trusted
+        self._started = False
+        self._failing = False  # the last checkpoint could not be saved, which was reported
+        self._clock = 0.0
+
+    def resume(self, *, missing_ok: bool = False) -> int:
+        """Load the newest readable checkpoint of the run folder.
+
+        Args:
+            missing_ok: start from the first step, without an error, if no checkpoint was ever saved there, as after a
+                kill within the first moments.
+
+        Returns:
+            The finished steps.
+
+        Raises:
+            CheckpointError: there is no readable checkpoint, or it does not fit objective or method.
+        """
+        if missing_ok and not self.store.paths():
+            truncate_metrics(self.run_dir / METRICS_FILE, -1, -1)
+            return 0
+        state, path = self.store.load()
+        restore_state(state, self.objective, self.method, self.generators, str(path))
+        self.store.set_aside_after(path)
+        self.step, self.cost, self.seconds = state["step"], Cost(**state["cost"]), state["seconds"]
+        self._run = dict(state["run"])
+        self._saved, self._consistent, self._started = self.step, True, True
+        truncate_metrics(self.run_dir / METRICS_FILE, self.step, self._run["validated"])
+        return self.step
+
+    def fit(self) -> TrainingResult:
+        """Train until ``max_steps``, until the method stops, or until Ctrl-C.
+
+        The first Ctrl-C (or SIGTERM) lets the step finish and saves; the second raises KeyboardInterrupt at once and
+        leaves the last checkpoint as it is.
+
+        Raises:
+            ValueError: the folder holds another run, or the last ``fit`` was broken off within a step.
+            CheckpointError: the folder is not writable.
+            KeyboardInterrupt: second Ctrl-C.
+        """
+        self._check_start()
+        self._clock = time.perf_counter() - self.seconds  # now - clock is the time of the whole run
+        with SignalGuard() as guard, closing(self._open_log()) as log:
+            status, reason = self._loop(log, guard)
+            log.finish(self._run["loss"][0], self._run["validation"], self.step)
+        return self._result(status, reason)
+
+    def _open_log(self) -> RunLog:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            log = RunLog(
+                self.run_dir,
+                self.config,
+                total=self.max_steps,
+                step=self.step,
+                resumed=self._started,
+                validation=self._run["validation"],
+                tensorboard=self.tensorboard,
+                progress=self.progress,
+            )
+        except OSError as error:
+            raise CheckpointError(f"Cannot write to the run folder {self.run_dir}: {error.strerror}") from error
+        self._started = True
+        return log
+
+    def _check_start(self) -> None:
+        metrics = self.run_dir / METRICS_FILE
+        if not self._started and (self.store.paths() or (metrics.exists() and metrics.stat().st_size > 0)):
+            raise ValueError(f"{self.run_dir} already holds a run. Call resume() first, or choose another folder.")
+        if not self._consistent:
+            raise ValueError("The last fit was broken off within a step. Call resume() to go back to its checkpoint.")
+
+    def _loop(self, log: RunLog, guard: SignalGuard) -> tuple[str, str]:
+        """Steps with what is due between them; returns status and reason."""
+        if self._saved is None:
+            self._save(log)
+        while True:
+            done = self.step >= self.max_steps or bool(self._run["stop"])
+            if not guard.requested:
+                self._validate(log, done)
+            self.seconds = time.perf_counter() - self._clock
+            due = done or guard.requested or self.step % self.checkpoint_every == 0
+            if due and self._saved != self.step:
+                self._save(log)
+            if guard.requested:
+                reason = f"Interrupted after step {self.step}. Continue with: --resume {self.run_dir}"
+                log.message(reason)
+                return "interrupted", reason
+            if done:
+                stop = self._run["stop"]
+                return ("stopped", stop) if stop else ("completed", f"{self.step} steps done")
+            if problem := self._advance(log):
+                log.message(problem)
+                return "diverged", problem
+
+    def _advance(self, log: RunLog) -> str:
+        """One step; returns what is not finite, in words, or ""."""
+        self._consistent = False
+        report = self.method.step(self.objective)
+        self.step += 1
+        self.cost = self.cost + report.cost
+        self.seconds = time.perf_counter() - self._clock
+        record = step_record(report, self.step, self.cost, self.seconds, self.objective.theta)
+        self._note(report, record)
+        log.step(record, self.objective.theta)
+        bad = [n for n, v in (("loss", report.loss), ("hypergradient", report.grad_norm)) if not math.isfinite(v)]
+        bad += [name for name, t in self.objective.theta.items() if not bool(torch.isfinite(t).all())]
+        if bad:
+            kept = f"step {self._saved} in {self.store.folder}" if self._saved is not None else "none"
+            return (
+                f"Stopped at step {self.step}: not finite: {', '.join(bad)}. Last good checkpoint: {kept}. Try a "
+                "smaller step size, tighter accuracy or float64."
+            )
+        self._consistent = True
+        return ""
+
+    def _note(self, report: StepReport, record: Mapping[str, Any]) -> None:
+        """Keep the sums that the result reports, across resumes."""
+        old = self._run["summary"]
+        self._run["summary"] = {
+            "first_loss": old.get("first_loss", report.loss),
+            **{k: old.get(k, 0) + int(record[k]) for k in ("accepted", "trusted", "refinements", "backtracks")},
+        }
+        self._run["loss"] = [report.loss, report.loss_lower, report.loss_upper]
+        self._run["stop"] = report.stop
+
+    def _validate(self, log: RunLog, done: bool) -> None:
+        """Validate and draw if this step is due and was not validated yet; changes nothing the next step sees."""
+        due = done or (self.validate_every > 0 and self.step % self.validate_every == 0)
+        if not due or self._run["validated"] == self.step or (self.validate is None and self.log_images is None):
+            return
+        with preserved(self.objective, self.generators):
+            if self.validate is not None:
+                self._run["validation"] = {name: float(value) for name, value in self.validate().items()}
+                log.validation(self._run["validation"], self.step, self.objective.theta)
+            if self.log_images is not None:
+                log.images(self.log_images(), self.step)
+        self._run["validated"] = self.step
+
+    def _save(self, log: RunLog) -> None:
+        """Checkpoint; a full disk is reported once, and the next one is tried when it is due."""
+        log.flush()
+        state = full_state(
+            self.objective,
+            self.method,
+            step=self.step,
+            cost=self.cost,
+            seconds=self.seconds,
+            generators=self.generators,
+            run=self._run,
+        )
+        try:
+            self.store.save(state, self.step)
+        except OSError as error:
+            if self._saved is None and self.step == 0 and error.errno not in _DISK_FULL:
+                raise CheckpointError(f"Cannot write checkpoints to {self.store.folder}: {error.strerror}") from error
+            if not self._failing:
+                kept = f"that of step {self._saved} is kept" if self._saved is not None else "there is none yet"
+                log.message(f"Checkpoint of step {self.step} not saved: {error.strerror}; {kept}; training goes on.")
+            self._failing = True
+        else:
+            if self._failing:
+                log.message(f"Checkpoints are saved again, from step {self.step} on.")
+            self._saved, self._failing = self.step, False
+
+    def _result(self, status: str, reason: str) -> TrainingResult:
+        loss, lower, upper = self._run["loss"]
+        return TrainingResult(
+            status=status,
+            reason=reason,
+            steps=self.step,
+            loss=loss,
+            loss_interval=(lower, upper),
+            summary=dict(self._run["summary"]),
+            validation=dict(self._run["validation"]),
+            cost=self.cost,
+            seconds=self.seconds,
+            run_dir=self.run_dir,
+            checkpoint=self.store.last_valid,
+        )

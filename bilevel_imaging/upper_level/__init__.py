@@ -1,0 +1,29 @@
+"""Methods that change theta, from values and hypergradients of known accuracy."""
+
+from collections.abc import Callable
+from functools import partial
+
+from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.first_order import FirstOrder
+from bilevel_imaging.upper_level.losses import LOSSES, SquaredError
+from bilevel_imaging.upper_level.maid import MAID
+
+UPPER_LEVEL_METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
+    "maid": MAID,
+    "adam": partial(FirstOrder, "Adam"),
+    "adamw": partial(FirstOrder, "AdamW"),
+    "sgd": partial(FirstOrder, "SGD"),
+    "rmsprop": partial(FirstOrder, "RMSprop"),
+}
+
+__all__ = [
+    "LOSSES",
+    "MAID",
+    "UPPER_LEVEL_METHODS",
+    "CertifiedValue",
+    "FirstOrder",
+    "Objective",
+    "SquaredError",
+    "StepReport",
+    "UpperLevelMethod",
+]

@@ -1,0 +1,108 @@
+"""The upper-level contract: methods ask an objective for values and hypergradients *at an accuracy*."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.hypergradients.result import Hypergradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedValue:
+    """F_lo <= F <= F_hi for the mean loss F over the images asked for.
+
+    Attributes:
+        value: the estimate.
+        lower: certified lower bound (-inf if not certified).
+        upper: certified upper bound (inf if not certified).
+        cost: work spent.
+    """
+
+    value: float
+    lower: float
+    upper: float
+    cost: Cost
+
+
+class Objective(Protocol):
+    """What a method sees of the data set; ``bilevel_imaging.training.BilevelObjective`` implements it."""
+
+    theta: dict[str, Tensor]
+
+    def value(self, error_tol: float) -> CertifiedValue:
+        """The loss at the current theta."""
+        ...
+
+    def hypergradient(
+        self, *, error_tol: float | None = None, residual_tol: float | None = None, relative: float | None = None
+    ) -> Hypergradient:
+        """The hypergradient at the current theta."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one upper-level step did; scalars only, so that it can be logged and saved as JSON.
+
+    Attributes:
+        loss: estimate of F at the theta after the step (or, for first-order methods, at which the gradient was taken).
+        loss_lower: certified lower bound of that F; -inf if not certified.
+        loss_upper: certified upper bound; inf if not certified.
+        grad_norm: norm of the hypergradient used.
+        error_bound: certified bound of its error; inf if not certified.
+        certified: whether the hypergradient is certified.
+        reason: in words when not.
+        error_tol: lower-level accuracy epsilon in use after the step.
+        residual_tol: linear accuracy delta in use after the step.
+        step_size: step length used (0 if none was accepted).
+        accepted: whether theta moved.
+        refinements: number of accuracy refinements inside the step.
+        backtracks: number of rejected trial steps.
+        param_change: Euclidean length of the change of theta.
+        cost: work spent in the step.
+        stop: a reason in words when the method says that training is finished, else "".
+        extra: further scalars of the method, by name.
+    """
+
+    loss: float
+    loss_lower: float
+    loss_upper: float
+    grad_norm: float
+    error_bound: float
+    certified: bool
+    reason: str
+    error_tol: float
+    residual_tol: float
+    step_size: float
+    accepted: bool
+    refinements: int
+    backtracks: int
+    param_change: float
+    cost: Cost
+    stop: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class UpperLevelMethod(abc.ABC):
+    """Changes ``objective.theta`` in place, one step at a time; its whole state can be saved and restored exactly."""
+
+    @abc.abstractmethod
+    def step(self, objective: Objective) -> StepReport:
+        """One step from the current theta."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: plain numbers, strings, tensors, lists and dicts."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: if keys are missing or do not fit.
+        """

@@ -1,0 +1,374 @@
+"""Every regularizer, forward operator and solver under test, and an independent reference for what they must agree with.
+
+A new model or solver is one line here, and every property test then runs over it. The reference shares no code with
+the package: dense matrices in numpy, Newton's method with iterative refinement in extended precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import deepinv
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bilevel_imaging as bi
+from bilevel_imaging import linear_solvers, lower_solvers
+from bilevel_imaging.energies import LowerLevelProblem
+
+LONG = np.longdouble
+
+
+class UserRegularizer(bi.Regularizer):
+    """What a user writes: ``fn`` alone, here weight * sum log cosh of all differences (cyclic)."""
+
+    def __init__(self, weight: float = 0.1, smoothing: float = 0.1):
+        super().__init__()
+        self.log_weight = nn.Parameter(torch.tensor(math.log(weight), dtype=torch.float64))
+        self.smoothing = smoothing
+
+    def fn(self, x: Tensor, *args, **kwargs) -> Tensor:
+        total = x.new_zeros(x.shape[0])
+        for axis in (-1, -2):
+            t = (x - x.roll(1, axis)) / self.smoothing
+            total = total + (t.abs() + torch.log1p(torch.exp(-2 * t.abs())) - math.log(2)).flatten(1).sum(1)
+        return self.log_weight.exp().to(x.dtype) * self.smoothing * total
+
+
+Build = Callable[[float, float], bi.Regularizer]
+
+# name -> builder from (weight, smoothing)
+CERTIFIED_REGULARIZERS: dict[str, Build] = {
+    "tv_isotropic": lambda w, s: bi.TotalVariation(w, s),
+    "tv_anisotropic": lambda w, s: bi.TotalVariation(w, s, isotropic=False),
+    "tv_coupled": lambda w, s: bi.TotalVariation(w, s, couple_channels=True),
+    "tv_weight_only": lambda w, s: bi.TotalVariation(w, s, learn_smoothing=False),
+    "tv_smoothing_only": lambda w, s: bi.TotalVariation(w, s, isotropic=False, learn_weight=False),
+    "tikhonov_identity": lambda w, s: bi.Tikhonov(w),
+    "tikhonov_gradient": lambda w, s: bi.Tikhonov(w, operator="gradient"),
+}
+REGULARIZERS: dict[str, Build] = {**CERTIFIED_REGULARIZERS, "user": UserRegularizer}
+
+
+def _kernel(channels: int, generator: torch.Generator, size: int = 3) -> Tensor:
+    kernel = torch.rand(1, channels, size, size, generator=generator) + 0.1
+    return kernel / kernel.sum((-2, -1), keepdim=True)
+
+
+def _inpainting(shape: tuple[int, ...], generator: torch.Generator, *, binary: bool) -> deepinv.physics.Physics:
+    observed = torch.rand(1, *shape[1:], generator=generator)
+    mask = (observed > 0.4).float() if binary else 0.3 + observed
+    return deepinv.physics.Inpainting(tuple(shape[1:]), mask=mask)
+
+
+# name -> builder from the shape (B, C, H, W) and a generator
+PHYSICS: dict[str, Callable[[tuple[int, ...], torch.Generator], deepinv.physics.Physics]] = {
+    "denoising": lambda shape, g: deepinv.physics.Denoising(),
+    "inpainting": lambda shape, g: _inpainting(shape, g, binary=True),
+    "weighting": lambda shape, g: _inpainting(shape, g, binary=False),
+    "blur_fft": lambda shape, g: deepinv.physics.BlurFFT(tuple(shape[1:]), filter=_kernel(1, g)),
+    "blur_fft_color": lambda shape, g: deepinv.physics.BlurFFT(tuple(shape[1:]), filter=_kernel(shape[1], g)),
+    # the filter in float64: nothing about this operator is uncertain
+    "blur_circular": lambda shape, g: deepinv.physics.Blur(filter=_kernel(1, g).double(), padding="circular"),
+}
+# operators without an exact spectrum: only A and A_adjoint are used
+GENERIC_PHYSICS: dict[str, Callable[[tuple[int, ...], torch.Generator], deepinv.physics.Physics]] = {
+    "blur_reflect": lambda shape, g: deepinv.physics.Blur(filter=_kernel(1, g), padding="reflect"),
+}
+NEEDS_RIDGE = ("inpainting", "blur_fft", "blur_fft_color", "blur_circular", "blur_reflect")
+
+LOWER_SOLVERS = lower_solvers.LOWER_SOLVERS
+LINEAR_SOLVERS = linear_solvers.LINEAR_SOLVERS
+IMAGES = ("noisy", "flat", "saturated", "ramp", "zero")
+
+
+def images(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A ground truth and what is measured of it before the forward operator, float64 ``(B, C, H, W)`` each."""
+    batch, channels, height, width = shape
+    rows = torch.arange(height, dtype=torch.float64)[:, None]
+    columns = torch.arange(width, dtype=torch.float64)[None, :]
+    noise = torch.randn(shape, dtype=torch.float64, generator=generator)
+    level = torch.rand((batch, channels, 1, 1), dtype=torch.float64, generator=generator)
+    if kind == "flat":
+        return level.expand(shape).clone(), level.expand(shape).clone()
+    if kind == "zero":
+        return torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    if kind == "ramp":
+        ramp = level * (0.31 * rows / height + 0.47 * columns / width)
+        return ramp, ramp + 1e-4 * noise
+    if kind == "saturated":
+        x = (torch.rand(shape, dtype=torch.float64, generator=generator) > 0.5).double()
+        return x, (x + 0.5 * noise).clamp(0, 1).round()
+    x = 0.2 + 0.6 * ((rows + 2 * columns + 5 * level) % 7 < 3).double()
+    return x, x + 0.1 * noise
+
+
+@dataclass
+class Case:
+    """One batch of problems with everything it was made from."""
+
+    name: str
+    energy: bi.VariationalEnergy
+    physics: deepinv.physics.Physics
+    y: Tensor
+    x_true: Tensor
+    problem: LowerLevelProblem
+
+
+def build(
+    regularizer: str = "tv_isotropic",
+    physics: str = "denoising",
+    *,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    channels: int = 1,
+    size: tuple[int, int] = (8, 9),
+    weight: float = 0.1,
+    smoothing: float = 0.05,
+    ridge: float | None = None,
+    kind: str = "noisy",
+    seed: int = 0,
+) -> Case:
+    """A batch of problems; ``ridge`` defaults to what the operator needs."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, channels, *size)
+    operator = {**PHYSICS, **GENERIC_PHYSICS}[physics](shape, generator)
+    if physics in GENERIC_PHYSICS:
+        operator = operator.to(dtype)
+    x_true, clean = images(kind, shape, generator)
+    x_true, y = x_true.to(dtype), copy.deepcopy(operator).double().A(clean).to(dtype)
+    needed = 0.02 if physics in NEEDS_RIDGE else 0.0
+    energy = bi.VariationalEnergy(
+        REGULARIZERS[regularizer](weight, smoothing), ridge=needed if ridge is None else ridge
+    )
+    return Case(f"{regularizer}-{physics}", energy, operator, y, x_true, energy.bind(y, operator))
+
+
+def product(*, physics: tuple[str, ...] = tuple(PHYSICS), user: bool = True) -> Iterator[tuple[str, str]]:
+    """All pairs (regularizer, physics)."""
+    for regularizer in REGULARIZERS if user else CERTIFIED_REGULARIZERS:
+        for operator in physics:
+            yield regularizer, operator
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the independent reference
+
+
+def forward_matrix(physics: deepinv.physics.Physics, shape: tuple[int, ...], sample: int) -> np.ndarray | None:
+    """A as a dense matrix in extended precision, its entries exactly the stored numbers; ``None`` for the identity."""
+    channels, height, width = shape[1:]
+    pixels = channels * height * width
+    if isinstance(physics, deepinv.physics.Denoising):
+        return None
+    if isinstance(physics, deepinv.physics.Inpainting):
+        mask = physics.mask.double().expand(shape[0], *shape[1:])[sample]
+        return np.diag(mask.flatten().numpy().astype(LONG))
+    kernel = physics.filter.double()
+    if isinstance(physics, deepinv.physics.Blur) and physics.padding != "circular":
+        columns = torch.eye(pixels, dtype=torch.float64).reshape(pixels, channels, height, width)
+        return copy.deepcopy(physics).double().A(columns).flatten(1).T.numpy().astype(LONG)
+    kernel = kernel[sample if kernel.shape[0] > 1 else 0].expand(channels, -1, -1).numpy()
+    matrix = np.zeros((pixels, pixels), dtype=LONG)
+    index = np.arange(pixels).reshape(channels, height, width)
+    for i in range(kernel.shape[-2]):
+        for j in range(kernel.shape[-1]):
+            shift = (i - (kernel.shape[-2] - 1) // 2, j - (kernel.shape[-1] - 1) // 2)
+            source = np.roll(index, shift, (1, 2))
+            for c in range(channels):
+                np.add.at(matrix, (index[c].ravel(), source[c].ravel()), LONG(kernel[c, i, j]))
+    return matrix
+
+
+def difference_matrix(shape: tuple[int, ...]) -> np.ndarray:
+    """D, ``(2, pixels, pixels)``: horizontal and vertical differences, zero rows at the last column and row."""
+    channels, height, width = shape[1:]
+    index = np.arange(channels * height * width).reshape(channels, height, width)
+    matrix = np.zeros((2, index.size, index.size))
+    for k, (here, there) in enumerate([(index[..., :-1], index[..., 1:]), (index[:, :-1], index[:, 1:])]):
+        matrix[k, here.ravel(), here.ravel()] = -1
+        matrix[k, here.ravel(), there.ravel()] = 1
+    return matrix
+
+
+class Reference:
+    """x*, adjoint, F and dF/dtheta of one sample with f = 1/2 ||x - x_true||^2, in extended precision.
+
+    The factorizations are float64, all residuals are extended precision, so that every refinement gains several
+    digits; ``uncertainty`` of each result is 4 times its last change plus a few units of float64 relative to the size
+    of the terms that are added up: it is the reference's own error, far below any certificate.
+    """
+
+    def __init__(self, case: Case, sample: int = 0):
+        regularizer, shape = case.energy.regularizer, tuple(case.x_true.shape)
+        self.shape = shape[1:]
+        self.tv = isinstance(regularizer, bi.TotalVariation)
+        self.weight = np.exp(LONG(float(regularizer.log_weight.detach())))
+        self.ridge = LONG(case.energy.ridge)
+        self.names = [n for n, p in regularizer.named_parameters() if p.requires_grad]
+        self.D = difference_matrix(shape)
+        self.A = forward_matrix(case.physics, shape, sample)
+        if self.tv:
+            self.nu2 = np.exp(2 * LONG(float(regularizer.log_smoothing.detach())))
+            self.isotropic, self.coupled = regularizer.isotropic, regularizer.couple_channels
+        else:
+            self.normal = np.eye(self.D.shape[-1]) if regularizer.operator == "identity" else None
+            if self.normal is None:
+                self.normal = sum(d.T @ d for d in self.D)
+            self.identity = regularizer.operator == "identity"
+        self.y = case.y[sample].detach().double().numpy().ravel().astype(LONG)
+        self.x_true = case.x_true[sample].detach().double().numpy().ravel().astype(LONG)
+        A64 = np.eye(self.D.shape[-1]) if self.A is None else self.A.astype(np.float64)
+        self.AtA64 = A64.T @ A64
+        self._solve()
+
+    # --- the model, for z = D x of shape (2, pixels)
+    def _differences(self, x: np.ndarray) -> np.ndarray:
+        image = x.reshape(self.shape)
+        z = np.zeros((2, *self.shape), dtype=x.dtype)
+        z[0, ..., :-1] = image[..., 1:] - image[..., :-1]
+        z[1, :, :-1] = image[:, 1:] - image[:, :-1]
+        return z.reshape(2, -1)
+
+    def _normal(self, x: np.ndarray) -> np.ndarray:
+        return x if self.identity else self._adjoint(self._differences(x))
+
+    def _group(self, a: np.ndarray) -> np.ndarray:
+        if not self.isotropic:
+            return a
+        a = a.sum(0, keepdims=True)
+        if self.coupled:
+            a = a.reshape(1, self.shape[0], -1).sum(1, keepdims=True)
+            a = np.broadcast_to(a, (1, self.shape[0], a.shape[-1])).reshape(1, -1)
+        return a
+
+    def _field(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = self._differences(x)
+        return z, np.sqrt(self._group(z * z) + self.nu2)
+
+    def _adjoint(self, p: np.ndarray) -> np.ndarray:
+        horizontal, vertical = p.reshape(2, *self.shape)
+        out = -horizontal - vertical
+        out[..., 1:] += horizontal[..., :-1]
+        out[:, 1:] += vertical[:, :-1]
+        return out.ravel()
+
+    def value(self, x: np.ndarray) -> LONG:
+        """g(x)."""
+        misfit = (x if self.A is None else self.A @ x) - self.y
+        total = (misfit @ misfit + self.ridge * (x @ x)) / 2
+        if not self.tv:
+            return total + self.weight / 2 * (x @ self._normal(x))
+        s = self._field(x)[1]
+        if self.coupled:
+            s = s.reshape(self.shape[0], -1)[:1]
+        return total + self.weight * s.sum()
+
+    def gradient(self, x: np.ndarray) -> np.ndarray:
+        """G(x) in extended precision."""
+        misfit = (x if self.A is None else self.A @ x) - self.y
+        data = misfit if self.A is None else self.A.T @ misfit
+        if self.tv:
+            z, s = self._field(x)
+            inside = self._adjoint(z / s)
+        else:
+            inside = self._normal(x)
+        return data + self.ridge * x + self.weight * inside
+
+    def product(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """H(x) v in extended precision."""
+        data = v if self.A is None else self.A.T @ (self.A @ v)
+        if self.tv:
+            z, s = self._field(x)
+            dv = self._differences(v)
+            inside = self._adjoint(dv / s - z / s**3 * self._group(z * dv))
+        else:
+            inside = self._normal(v)
+        return data + self.ridge * v + self.weight * inside
+
+    def hessian(self, x: np.ndarray) -> np.ndarray:
+        """H(x), dense, float64."""
+        H = self.AtA64 + float(self.ridge) * np.eye(x.size)
+        if not self.tv:
+            return H + float(self.weight) * self.normal
+        z, s = (a.astype(np.float64) for a in self._field(x))
+        s = np.broadcast_to(s, z.shape)
+        n = z / s
+        scaled = sum(d.T @ (d / t[:, None]) for d, t in zip(self.D, s, strict=True))
+        if not self.isotropic:
+            outer = sum(d.T @ (d * (m**2 / t)[:, None]) for d, m, t in zip(self.D, n, s, strict=True))
+        else:
+            rows = (n[0] / np.sqrt(s[0]))[:, None] * self.D[0] + (n[1] / np.sqrt(s[1]))[:, None] * self.D[1]
+            if self.coupled:
+                rows = rows.reshape(self.shape[0], -1, x.size).sum(0)
+            outer = rows.T @ rows
+        return H + float(self.weight) * (scaled - outer)
+
+    def columns(self, x: np.ndarray) -> np.ndarray:
+        """J(x), ``(n, pixels)``."""
+        if not self.tv:
+            return np.stack([self.weight * (self._normal(x))])
+        z, s = self._field(x)
+        both = {"log_weight": z / s, "log_smoothing": -self.nu2 * z / s**3}
+        return np.stack([self.weight * self._adjoint(both[name]) for name in self.names])
+
+    # --- Newton's method, then refinement
+    def _solve(self) -> None:
+        x = self.x_true.copy() if self.A is not None else self.y.copy()
+        best, history = LONG(np.inf), []
+        for _ in range(300):
+            G = self.gradient(x)
+            size = np.sqrt(G @ G)
+            H = self.hessian(x)
+            step = -np.linalg.solve(H, G.astype(np.float64)).astype(LONG)
+            t, slope, value = LONG(1), G @ step, self.value(x)
+            while t > 1e-6 and (self.gradient(x + t * step) @ step) > abs(slope) / 2 + 1e-30:
+                if self.value(x + t * step) <= value + 1e-4 * t * slope:
+                    break
+                t /= 2
+            x = x + t * step
+            history.append(float(t * np.sqrt(step @ step)))
+            if size >= best / 2 and t == 1 and history[-1] < 1e-11 * (1 + float(np.sqrt(x @ x))):
+                break
+            best = min(best, size)
+        else:
+            raise RuntimeError("the reference did not converge")
+        self.x, self.x_uncertainty = x, 4 * history[-1] + 1e-18 * float(np.sqrt(x @ x))
+        H = np.linalg.inv(self.hessian(x))
+        b = x - self.x_true
+        q = np.zeros_like(b)
+        for _ in range(12):
+            change = (H @ (b - self.product(x, q)).astype(np.float64)).astype(LONG)
+            q = q + change
+        self.q = q
+        self.J = self.columns(x)
+        self.grad = -(self.J @ q)
+        self.loss = float(b @ b) / 2
+        # what the last changes of x and q can still do to the results, through finite perturbations of that size
+        last_q = float(np.sqrt(change @ change))
+        moved = self.columns(x + 4 * (t * step))
+        norm_q, norm_J = float(np.sqrt(q @ q)), float(np.sqrt((self.J**2).sum()))
+        shifted = (H @ (b - self.product(x + 4 * (t * step), q)).astype(np.float64)).astype(np.float64)
+        self.uncertainty = (
+            float(np.abs((moved - self.J) @ q).sum())
+            + norm_J * (4 * last_q + 4 * float(np.linalg.norm(shifted)) + np.linalg.norm(H, 2) * self.x_uncertainty)
+            + 1e-18 * norm_q * (norm_J + float(self.weight) * math.sqrt(q.size))
+        )
+        self.loss_uncertainty = float(np.sqrt(b @ b)) * self.x_uncertainty + 1e-18 * self.loss
+
+
+def reference(case: Case) -> tuple[np.ndarray, float, float, float, list[Reference]]:
+    """(dF/dtheta, its uncertainty, F, its uncertainty, samples) for F = mean over the batch."""
+    samples = [Reference(case, i) for i in range(case.y.shape[0])]
+    grad = np.mean([s.grad for s in samples], axis=0)
+    return (
+        grad,
+        float(np.mean([s.uncertainty for s in samples])),
+        float(np.mean([s.loss for s in samples])),
+        float(np.mean([s.loss_uncertainty for s in samples])),
+        samples,
+    )

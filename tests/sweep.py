@@ -1,0 +1,281 @@
+"""Randomized attack on every certificate: ``python tests/sweep.py --cases 2000 --seed 0 [--json PATH]``.
+
+Each case draws a model, an operator, both solvers, a certificate, accuracies, a dtype, a batch and hostile settings,
+and compares every bound with the true error, taken from the extended precision reference of ``cases``. The only slack
+is the reference's own uncertainty (about 1e-17). Solves are cut off early on purpose: a bound must hold at any point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from cases import (
+    CERTIFIED_REGULARIZERS,
+    GENERIC_PHYSICS,
+    LINEAR_SOLVERS,
+    LOWER_SOLVERS,
+    NEEDS_RIDGE,
+    PHYSICS,
+    Case,
+    build,
+    reference,
+)
+
+import bilevel_imaging as bi
+
+SIZES = ((8, 8), (6, 9), (12, 10), (1, 16))
+COLOR_SIZES = ((5, 6), (4, 7))
+CERTIFICATES = bi.hypergradients.CERTIFICATES
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that defines one case; ``run(Setting(**...))`` reproduces it."""
+
+    regularizer: str
+    physics: str
+    lower: str
+    linear: str
+    certificate: str
+    mode: str
+    error_tol: float
+    residual_tol: float
+    relative: float
+    dtype: str
+    parameters: str
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    weight: float
+    smoothing: float
+    ridge: float
+    kind: str
+    max_iter: int
+    seed: int
+
+
+@dataclass
+class Outcome:
+    """What was found: violations in words, and effectivities bound / error by certificate."""
+
+    setting: Setting
+    violations: list[str] = field(default_factory=list)
+    effectivity: dict[str, float] = field(default_factory=dict)
+    relative_error: float = 0.0
+    relative_bound: float = math.inf
+    certified: bool = False
+    checks: int = 0
+
+    def check(self, name: str, error: float, bound: float, slack: float) -> None:
+        """Record a violation unless error <= bound + slack (a NaN bound is one)."""
+        self.checks += 1
+        if not error <= bound + slack:
+            self.violations.append(f"{name}: error {error:.6g} > bound {bound:.6g} (+ {slack:.1g})")
+
+
+def draw(rng: random.Random) -> Setting:
+    """One random setting."""
+
+    def decade(low: float, high: float) -> float:
+        return 10 ** rng.uniform(low, high)
+
+    channels = rng.choice((1, 1, 3))
+    physics = rng.choice([*PHYSICS, *PHYSICS, *GENERIC_PHYSICS])
+    sizes = SIZES if channels == 1 else COLOR_SIZES
+    size = rng.choice(sizes)
+    if size[0] < 3 and ("blur" in physics):  # the kernels are 3 x 3
+        size = sizes[0]
+    needs = physics in NEEDS_RIDGE or rng.random() < 0.3
+    return Setting(
+        regularizer=rng.choice(list(CERTIFIED_REGULARIZERS)),
+        physics=physics,
+        lower=rng.choice([*LOWER_SOLVERS, "newton_cg", "newton_cg"]),
+        linear=rng.choice([*LINEAR_SOLVERS, "conjugate_gradient"]),
+        certificate=rng.choice(CERTIFICATES),
+        mode=rng.choice(("tolerances", "tolerances", "tolerances", "relative", "bound_tol")),
+        error_tol=decade(-8, 0),
+        residual_tol=decade(-8, 0),
+        relative=decade(-3, 0),
+        dtype=rng.choice(("float64", "float64", "float32")),
+        parameters=rng.choice(("float64", "float64", "float64", "float32")),
+        batch=rng.choice((1, 1, 2, 3)),
+        channels=channels,
+        size=size,
+        weight=decade(-4, 2),
+        smoothing=decade(-3, 0),
+        ridge=decade(-4, -1) if needs else 0.0,
+        kind=rng.choice(("noisy", "noisy", "flat", "saturated", "ramp", "zero")),
+        max_iter=rng.choice((0, 1, 5, 30, 150)),
+        seed=rng.randrange(10**6),
+    )
+
+
+def make(s: Setting) -> Case:
+    """The batch of problems of a setting."""
+    case = build(
+        s.regularizer, s.physics, dtype=getattr(torch, s.dtype), batch=s.batch, channels=s.channels,
+        size=tuple(s.size), weight=s.weight, smoothing=s.smoothing, ridge=s.ridge, kind=s.kind, seed=s.seed,
+    )  # fmt: skip
+    if s.parameters == "float32":
+        case.energy.float()
+        case.problem = case.energy.bind(case.y, case.physics)
+    return case
+
+
+def estimate(s: Setting, case: Case) -> bi.Hypergradient:
+    """The hypergradient of a setting, with solvers that may give up early."""
+    certificate = s.certificate
+    if certificate == "metric" and case.problem.metric_inverse() is None:
+        certificate = "directional"
+    accuracy = {
+        "tolerances": {"error_tol": s.error_tol, "residual_tol": s.residual_tol},
+        "relative": {"relative": s.relative},
+        "bound_tol": {"bound_tol": s.error_tol},
+    }[s.mode]
+    return bi.hypergradient(
+        case.problem,
+        bi.SquaredError(),
+        case.x_true,
+        lower=LOWER_SOLVERS[s.lower](max_iter=s.max_iter),
+        linear=LINEAR_SOLVERS[s.linear](max_iter=s.max_iter),
+        certificate=certificate,
+        max_rounds=4,
+        **accuracy,
+    )
+
+
+def flat(grad: dict[str, torch.Tensor]) -> np.ndarray:
+    """All entries in one extended precision vector."""
+    return np.concatenate([g.detach().double().numpy().ravel() for g in grad.values()]).astype(np.longdouble)
+
+
+def run(s: Setting) -> Outcome:
+    """Everything that one case must satisfy."""
+    case, outcome = make(s), Outcome(s)
+    true, slack, true_loss, loss_slack, samples = reference(case)
+    h = estimate(s, case)
+    errors = np.abs(flat(h.grad) - true).astype(float)
+    error = float(np.linalg.norm(errors))
+    size = float(np.linalg.norm(true.astype(float)))
+    outcome.certified = h.certified
+    outcome.relative_error = error / size if size > 0 else math.inf
+    outcome.relative_bound = h.relative_bound
+    outcome.check("bound", error, h.bound, slack)
+    for name, bound in h.bounds.items():
+        outcome.check(name, error, bound, slack)
+    if h.component_bounds is not None:
+        for name, e, b in zip(h.grad, errors, flat(h.component_bounds).astype(float), strict=True):
+            outcome.check(f"component {name}", float(e), float(b), slack)
+    if h.before_polish is not None:
+        first = float(np.linalg.norm((flat(h.before_polish[0]) - true).astype(float)))
+        outcome.check("before_polish", first, h.before_polish[1], slack)
+        if first > 10 * slack:
+            outcome.effectivity["before_polish"] = h.before_polish[1] / first
+    outcome.check("loss above", true_loss, h.loss_interval[1], loss_slack)
+    outcome.check("loss below", h.loss_interval[0], true_loss, loss_slack)
+    outcome.check("loss estimate inside", h.loss_interval[0], h.loss, 0.0)
+    outcome.check("loss estimate inside", h.loss, h.loss_interval[1], 0.0)
+    for i, sample in enumerate(samples):
+        for name, x in (("lower.x", h.lower.x), ("x", h.x)):
+            moved = (x[i].double().numpy().ravel().astype(np.longdouble) - sample.x).astype(float)
+            distance = float(np.linalg.norm(moved))
+            outcome.check(f"distance of {name}", distance, float(h.lower.distance_bound[i]), sample.x_uncertainty)
+    if math.isfinite(h.bound):
+        terms = sum(h.terms.values())
+        outcome.check("terms add up", abs(terms - h.bound), 1e-12 * h.bound, 0.0)
+        outcome.check("sample bounds", h.bound, float(h.sample_bounds.mean()) * (1 + 1e-12), 0.0)
+    if s.mode == "relative" and h.bound > s.relative * h.norm * (1 + 1e-6) and not h.reason:
+        outcome.violations.append("relative: the goal is missed without a reason")
+    if s.mode == "bound_tol" and h.bound > s.error_tol * (1 + 1e-6) and not h.reason:
+        outcome.violations.append("bound_tol: the goal is missed without a reason")
+    if error > 10 * slack:
+        outcome.effectivity.update({name: bound / error for name, bound in h.bounds.items()})
+        if h.certificate == "polished":
+            outcome.effectivity["polished"] = h.bound / error
+    return outcome
+
+
+def sweep(cases: int, seed: int, *, seconds: float = math.inf, progress: bool = False) -> list[Outcome]:
+    """Random cases, at most as many as fit in the given time; exceptions count as violations."""
+    rng, outcomes, start = random.Random(seed), [], time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small are slower on several
+    try:
+        for k in range(cases):
+            setting = draw(rng)
+            began = time.perf_counter()
+            try:
+                outcome = run(setting)
+            except Exception as error:  # a crash of a legitimate setting is a finding too, and the sweep goes on
+                outcome = Outcome(setting, [f"{type(error).__name__}: {error}"])
+            outcomes.append(outcome)
+            taken = time.perf_counter() - began
+            if progress and (outcome.violations or taken > 5):
+                print(f"case {k} ({taken:.1f} s): {outcome.violations}\n    {setting}", flush=True)
+            if time.perf_counter() - start > seconds:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return outcomes
+
+
+def summarize(outcomes: list[Outcome]) -> dict[str, dict[str, dict[str, float]]]:
+    """Median and 95th percentile of bound / error by model and certificate."""
+    collected: dict[tuple[str, str], list[float]] = {}
+    for o in outcomes:
+        for name, value in o.effectivity.items():
+            if math.isfinite(value):
+                collected.setdefault((o.setting.regularizer, name), []).append(value)
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for (model, name), values in sorted(collected.items()):
+        table.setdefault(model, {})[name] = {
+            "cases": len(values),
+            "median": float(np.median(values)),
+            "percentile_95": float(np.percentile(values, 95)),
+        }
+    return table
+
+
+def main() -> int:
+    """Command line; the exit status is 1 if anything was violated."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
+    parser.add_argument("--json", help="write settings, violations and effectivities there")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    outcomes = sweep(arguments.cases, arguments.seed, seconds=arguments.seconds, progress=True)
+    elapsed = time.perf_counter() - start
+    table = summarize(outcomes)
+    print(f"{'model':20} {'certificate':14} {'cases':>6} {'median':>10} {'95 %':>10}   bound / error")
+    for model, rows in table.items():
+        for name, row in rows.items():
+            print(f"{model:20} {name:14} {row['cases']:6d} {row['median']:10.3g} {row['percentile_95']:10.3g}")
+    violated = [o for o in outcomes if o.violations]
+    certified = sum(o.certified for o in outcomes)
+    print(
+        f"{len(outcomes)} cases ({certified} certified), {sum(o.checks for o in outcomes)} checks, "
+        f"{len(violated)} cases with violations, {elapsed:.0f} s"
+    )
+    if arguments.json:
+        report = {
+            "cases": len(outcomes),
+            "seconds": elapsed,
+            "effectivity": table,
+            "violations": [{"setting": asdict(o.setting), "violations": o.violations} for o in violated],
+        }
+        with open(arguments.json, "w") as stream:
+            json.dump(report, stream, indent=1)
+    return 1 if violated else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
