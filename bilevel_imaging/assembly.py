@@ -31,6 +31,7 @@ from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS, UpperLevelMethod
 
 # Noise and masks of validation and test images do not depend on the seed of a run, so that runs compare.
 NOISE_SEEDS = {"val": 1_000_001, "test": 1_000_002}
+PHOTOGRAPH_PARTS: dict[str, Any] = {"train": "train", "val": "validation", "test": "test"}
 HELD_OUT = 0.1  # part of a training folder that validates when no validation folder is given
 
 
@@ -69,7 +70,7 @@ def load_images(config: RunConfig, part: str) -> list[tuple[str, Tensor]]:
     if folder and not (part == "train" and not data.val):
         return load_folder(folder, config)
     if not data.train:
-        images = photographs(data.color, {"train": "train", "val": "validation", "test": "test"}[part])
+        images = photographs(data.color, PHOTOGRAPH_PARTS[part])
         return _first(list(images.items()), data.max_images)
     names = list_images(data.train)
     if len(names) < 2:
@@ -154,7 +155,7 @@ def make_objective(config: RunConfig, energy: VariationalEnergy, pairs: ImagePai
     minibatch = config.upper.minibatch
     if minibatch is not None and minibatch > len(pairs):
         raise ValueError(f"upper.minibatch: expected at most {len(pairs)}, the number of patches. Got {minibatch}.")
-    solvers = {}
+    solvers: dict[str, Any] = {}
     for name, registry in (("lower", LOWER_SOLVERS), ("linear", LINEAR_SOLVERS)):
         settings = getattr(config, name)
         limits = {} if settings.max_iter is None else {"max_iter": settings.max_iter}

@@ -72,6 +72,34 @@ class Directional:
     mixed_components: Tensor | None = None
 
 
+class NewtonModel(abc.ABC):
+    """A symmetric positive definite stand-in for the Hessian, better than it far from the minimizer.
+
+    It carries a memory from step to step (for example dual variables) and tends to the Hessian at the minimizer.
+    """
+
+    @abc.abstractmethod
+    def hvp(self, v: Tensor) -> Tensor:
+        """Products with the model, ``(B, *image)``."""
+
+    @abc.abstractmethod
+    def advance(self, d: Tensor, step: Tensor) -> Tensor:
+        """The memory after a step of length ``step`` ``(B,)`` along d; first dimension B."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A symmetric positive definite M with H(x) >= M for every x, that is cheap to invert.
+
+    Attributes:
+        inverse: v -> M^{-1} v, ``(B, *image)`` to the same.
+        lowest: lambda_min(M), ``(B,)`` float64.
+    """
+
+    inverse: Callable[[Tensor], Tensor]
+    lowest: Tensor
+
+
 class Linearization(abc.ABC):
     """Derivatives of B energies frozen at one x; caches what products share.
 
@@ -97,6 +125,14 @@ class Linearization(abc.ABC):
 
     def directional(self, q: Tensor, radius: Tensor) -> Directional | None:
         """Constants along q on the ball of the given radius ``(B,)``; ``None`` when not known."""
+        return None
+
+    def newton_model(self, memory: Tensor) -> NewtonModel | None:
+        """The model that Newton's method should use here, given its memory; ``None`` to use the Hessian."""
+        return None
+
+    def newton_memory(self, *, cold: bool) -> Tensor | None:
+        """The memory to start with, far from (cold) or near the minimizer; ``None`` if there is no model."""
         return None
 
     def preconditioner(self) -> Callable[[Tensor], Tensor] | None:

@@ -132,7 +132,7 @@ def make(s: Setting) -> Case:
 def estimate(s: Setting, case: Case) -> bi.Hypergradient:
     """The hypergradient of a setting, with solvers that may give up early."""
     certificate = s.certificate
-    if certificate == "metric" and case.problem.metric_inverse() is None:
+    if certificate == "metric" and case.problem.metric() is None:
         certificate = "directional"
     accuracy = {
         "tolerances": {"error_tol": s.error_tol, "residual_tol": s.residual_tol},

@@ -121,7 +121,7 @@ def check(problem, solution, tol):
     assert solution.converged.all() and set(solution.reason) == {"converged"}
     assert (grad_norm <= tol * (1 + 1e-12)).all()
     torch.testing.assert_close(solution.grad_norm, grad_norm)
-    torch.testing.assert_close(solution.distance_bound, grad_norm)
+    torch.testing.assert_close(solution.distance_bound, grad_norm + problem.gradient_rounding(solution.x))
 
 
 def test_problem_is_what_it_says():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import deepinv
 import torch
@@ -51,8 +52,8 @@ class DataTerm(abc.ABC):
         """A rough reconstruction, ``(B, C, H, W)``."""
 
     @abc.abstractmethod
-    def subset(self, index: Tensor) -> DataTerm:
-        """The samples ``index`` alone."""
+    def subset(self, index: Tensor) -> DataTerm | None:
+        """The samples ``index`` alone; ``None`` if the operator can't be restricted to them."""
 
     def double(self) -> DataTerm | None:
         """The same term in float64, or ``None`` if the operator can't be evaluated in float64."""
@@ -148,6 +149,13 @@ class MaskTerm(DataTerm):
     def double(self) -> DataTerm:
         return MaskTerm(self.y.double(), self.mask.double())
 
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        product = self.mask * x
+        # products with 0 and 1 are exact; others are rounded before the difference cancels
+        rounded = torch.where((self.mask == 0) | (self.mask == 1), 0, product.abs())
+        terms = self.mask.abs() * ((product - self.y).abs() + rounded)
+        return terms.double().flatten(1).norm(dim=1)
+
     def diagonal(self) -> Tensor:
         return self.mask**2
 
@@ -235,7 +243,12 @@ class GenericTerm(DataTerm):
     def initial(self) -> Tensor:
         return self.start.clone()
 
-    def subset(self, index: Tensor) -> DataTerm:
+    def subset(self, index: Tensor) -> DataTerm | None:
+        # a filter or mask for every image can't be taken apart from outside
+        batch = self.shape[0]
+        stored = (*self.physics.buffers(), *self.physics.parameters())
+        if batch > 1 and any(t.dim() > 1 and t.shape[0] == batch for t in stored):
+            return None
         return GenericTerm(self.y[index], self.physics)
 
     def double(self) -> DataTerm | None:
@@ -243,8 +256,20 @@ class GenericTerm(DataTerm):
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         residual = self.physics.A(x) - self.y
-        scale = self.physics.A_adjoint(residual.abs() + self.y.abs()).abs()
-        return scale.double().flatten(1).norm(dim=1) * math.log2(max(4, self.start[0].numel()))
+        scale = self.physics.A_adjoint(residual.abs() + self.y.abs()).abs().double().flatten(1).norm(dim=1)
+        # entries of both signs cancel in that; the operator's size does not
+        size = self.size * x.double().flatten(1).norm(dim=1) + self.size.sqrt() * self.y.double().flatten(1).norm(dim=1)
+        return torch.maximum(scale, size) * math.log2(max(4, self.start[0].numel()))
+
+    @cached_property
+    def size(self) -> Tensor:
+        """About ||A||^2, ``(B,)`` float64: a few power iterations from a fixed start, for rounding errors only."""
+        with torch.no_grad():
+            v = torch.randn(self.start.shape, generator=torch.Generator().manual_seed(0)).to(self.start)
+            for _ in range(5):
+                v = v / v.flatten(1).norm(dim=1).reshape(-1, *([1] * (v.dim() - 1))).clamp(min=1e-30)
+                v = self.physics.A_adjoint(self.physics.A(v))
+            return v.double().flatten(1).norm(dim=1)
 
 
 def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
@@ -265,7 +290,7 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
                 f"Expected y of the physics' image size {tuple(physics.img_size)}. Got {tuple(y.shape[1:])}; "
                 "build BlurFFT with img_size=y.shape[1:]."
             )
-        transfer = deepinv.physics.functional.filter_fft_2d(physics.filter.double(), y.shape[-2:], real_fft=True)
+        transfer = deepinv.physics.functional.filter_fft(physics.filter.double(), tuple(y.shape[-2:]), real_fft=True)
         return _circulant(y, transfer, physics.filter)
     if kind is Blur and physics.padding == "circular":
         delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)

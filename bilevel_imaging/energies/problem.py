@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.derivatives import Constants, Directional, Linearization
+from bilevel_imaging.derivatives import Constants, Directional, Linearization, Metric, NewtonModel
 
-__all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem"]
+__all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
 
 
 class LowerLevelProblem(abc.ABC):
@@ -93,6 +93,10 @@ class LowerLevelProblem(abc.ABC):
         """The same for products with second derivatives, relative to their size."""
         return 0.0
 
+    def metric(self) -> Metric | None:
+        """A matrix below every Hessian that is cheap to invert, or ``None``."""
+        return None
+
     @property
     def batch_size(self) -> int:
         """B."""
@@ -129,6 +133,15 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.directional(q, radius)
 
+    def newton_model(self, memory: Tensor) -> NewtonModel | None:
+        with torch.no_grad():
+            inside = self.inside.newton_model(memory)
+        return None if inside is None else _CountedModel(inside, self.cost)
+
+    def newton_memory(self, *, cold: bool) -> Tensor | None:
+        with torch.no_grad():
+            return self.inside.newton_memory(cold=cold)
+
     def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
         return self.inside.preconditioner()
 
@@ -138,3 +151,19 @@ class CountedLinearization(Linearization):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inside, name)
+
+
+class _CountedModel(NewtonModel):
+    """A model whose products count as Hessian-vector products: they cost the same."""
+
+    def __init__(self, inside: NewtonModel, cost: Cost):
+        self.inside, self.cost = inside, cost
+
+    def hvp(self, v: Tensor) -> Tensor:
+        self.cost.hvps += v.shape[0]
+        with torch.no_grad():
+            return self.inside.hvp(v)
+
+    def advance(self, d: Tensor, step: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.inside.advance(d, step)

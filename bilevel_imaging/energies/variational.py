@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.derivatives import Constants, Directional, Linearization
+from bilevel_imaging.derivatives import Constants, Directional, Linearization, Metric, NewtonModel
 from bilevel_imaging.energies.data_terms import DataTerm, data_term
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.errors import NotStronglyConvexError
@@ -133,8 +133,9 @@ class VariationalProblem(LowerLevelProblem):
     def initial(self) -> Tensor:
         return self.data.initial()
 
-    def subset(self, index: Tensor) -> VariationalProblem:
-        return self._with(self.data.subset(index), self.dtype)
+    def subset(self, index: Tensor) -> VariationalProblem | None:
+        data = self.data.subset(index)
+        return None if data is None else self._with(data, self.dtype)
 
     def double(self) -> VariationalProblem | None:
         if self.dtype == torch.float64:
@@ -169,13 +170,13 @@ class VariationalProblem(LowerLevelProblem):
         largest = max((float(p.detach().abs().max()) for p in stored if p.numel()), default=0.0)
         return 2**-24 * (1 + largest) if stored else 0.0
 
-    def metric_inverse(self) -> Callable[[Tensor], Tensor] | None:
-        """v -> M^{-1} v for M = A^T A + ridge I, a lower bound of every Hessian, if cheap and positive definite."""
-        if self.constants().strong_convexity is None:
+    def metric(self) -> Metric | None:
+        """A^T A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""
+        lowest = self.data.lowest + self.ridge
+        if self.constants().strong_convexity is None or bool((lowest <= 0).any()):
             return None
-        if bool((self.data.lowest + self.ridge <= 0).any()):
-            return None
-        return self.data.shifted_inverse(self.ridge)
+        inverse = self.data.shifted_inverse(self.ridge)
+        return None if inverse is None else Metric(inverse, lowest)
 
 
 class VariationalLinearization(Linearization):
@@ -193,9 +194,7 @@ class VariationalLinearization(Linearization):
                 self.grad = self.grad + problem.ridge * x
 
     def hvp(self, v: Tensor) -> Tensor:
-        self.problem.cost.forward_ops += self.problem.data.applications * v.shape[0]
-        product = self.inside.hvp(v) + self.problem.data.hvp(v)
-        return product.add_(v, alpha=self.problem.ridge) if self.problem.ridge else product
+        return _with_data_term(self.problem, self.inside.hvp(v), v)
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
         return {f"regularizer.{name}": g for name, g in self.inside.mixed_vjp(q).items()}
@@ -207,25 +206,52 @@ class VariationalLinearization(Linearization):
         return self.inside.directional(q, radius)  # the data term and the ridge are quadratic and free of theta
 
     def subset(self, index: Tensor) -> Linearization | None:
-        inside = self.inside.subset(index)
-        if inside is None:
+        inside, problem = self.inside.subset(index), self.problem.subset(index)
+        if inside is None or problem is None:
             return None
-        other = VariationalLinearization(self.problem.subset(index), self.x[index], inside)
+        other = VariationalLinearization(problem, self.x[index], inside)
         other.grad = self.grad[index]
         return other
 
+    def newton_model(self, memory: Tensor) -> NewtonModel | None:
+        inside = self.inside.newton_model(memory)
+        return None if inside is None else _VariationalModel(self.problem, inside)
+
+    def newton_memory(self, *, cold: bool) -> Tensor | None:
+        return self.inside.newton_memory(cold=cold)
+
     def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        """Fourier model (circular blur) or Jacobi (diagonal data term); ``None`` if the regularizer can't say."""
+        """Fourier model (circular blur) or Jacobi (mask); ``None`` where it saves fewer products than it costs."""
         data, ridge = self.problem.data, self.problem.ridge
         spectrum, diagonal = data.spectrum(), data.diagonal()
         if spectrum is not None and hasattr(self.inside, "mean_curvature"):
             laplacian = _laplacian_spectrum(self.x)
             symbol = spectrum + ridge + per_sample(self.inside.mean_curvature(), self.x) * laplacian
             return lambda v: torch.fft.irfft2(torch.fft.rfft2(v) / symbol, s=v.shape[-2:])
-        if diagonal is not None and hasattr(self.inside, "hessian_diagonal"):
+        if diagonal is not None and diagonal.dim() > 0 and hasattr(self.inside, "hessian_diagonal"):
             jacobi = diagonal + ridge + self.inside.hessian_diagonal()
             return lambda v: v / jacobi
         return None
+
+
+def _with_data_term(problem: VariationalProblem, product: Tensor, v: Tensor) -> Tensor:
+    """product + (A^T A + ridge I) v, in place."""
+    problem.cost.forward_ops += problem.data.applications * v.shape[0]
+    product.add_(problem.data.hvp(v))
+    return product.add_(v, alpha=problem.ridge) if problem.ridge else product
+
+
+class _VariationalModel(NewtonModel):
+    """The regularizer's model with the exact Hessian of everything else."""
+
+    def __init__(self, problem: VariationalProblem, inside: NewtonModel):
+        self.problem, self.inside = problem, inside
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return _with_data_term(self.problem, self.inside.hvp(v), v)
+
+    def advance(self, d: Tensor, step: Tensor) -> Tensor:
+        return self.inside.advance(d, step)
 
 
 def _laplacian_spectrum(x: Tensor) -> Tensor:

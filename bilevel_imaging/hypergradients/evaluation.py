@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel_imaging import certificates
 from bilevel_imaging.certificates import Bound, Measurements
-from bilevel_imaging.derivatives import Directional, Linearization
+from bilevel_imaging.derivatives import Directional, Linearization, Metric
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.tensors import inner, norm
@@ -78,18 +78,22 @@ class Point:
         return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
 
     @cached_property
-    def metric(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(||G||_{M^-1}, ||M^{-1/2} J||, lambda_min(M)) for a cheap M below every Hessian, ``(B,)`` each."""
-        inverse = getattr(self.problem, "metric_inverse", lambda: None)()
-        if inverse is None or self.columns is None:
-            return None
-        lowest = self.problem.data.lowest + self.problem.ridge
-        grad_norm = inner(self.gradient, inverse(self.gradient)).double().clamp(min=0).sqrt()
-        grad_norm = grad_norm + self.rounding / lowest.sqrt()
-        scaled = torch.stack([inverse(self.columns[:, j]) for j in range(self.columns.shape[1])], 1)
+    def metric(self) -> Metric | None:
+        """The problem's metric, where the columns of J can be measured in it."""
+        return None if self.columns is None else self.problem.metric()
+
+    @cached_property
+    def metric_grad_norm(self) -> Tensor:
+        """||G||_{M^-1} with rounding, ``(B,)`` float64."""
+        size = inner(self.gradient, self.metric.inverse(self.gradient)).double().clamp(min=0).sqrt()
+        return size + self.rounding / self.metric.lowest.sqrt()
+
+    @cached_property
+    def metric_mixed_norm(self) -> Tensor:
+        """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64."""
+        scaled = torch.stack([self.metric.inverse(column) for column in self.columns.unbind(1)], 1)
         gram = self.columns.flatten(2).double() @ scaled.flatten(2).double().transpose(1, 2)
-        mixed = torch.linalg.eigvalsh(0.5 * (gram + gram.transpose(1, 2)))[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
-        return grad_norm, mixed, lowest
+        return torch.linalg.eigvalsh(0.5 * (gram + gram.transpose(1, 2)))[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
 
     @cached_property
     def distance(self) -> Tensor:
@@ -99,7 +103,7 @@ class Point:
         plain = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
         if self.metric is None:
             return plain
-        return torch.minimum(plain, self.metric[0] / self.metric[2].sqrt())
+        return torch.minimum(plain, self.metric_grad_norm / self.metric.lowest.sqrt())
 
 
 @dataclass(frozen=True)
@@ -225,11 +229,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         "directional": certificates.directional(m, hessian, mixed),
     }
     if point.metric is not None:
-        grad_norm, mixed_norm, lowest = point.metric
-        inverse = point.problem.metric_inverse()
-        residual_norm = inner(e.residual, inverse(e.residual)).double().clamp(min=0).sqrt()
-        residual_norm = residual_norm + (e.residual_norm - measured) / lowest.sqrt()
-        bounds["metric"] = certificates.metric(m, grad_norm, residual_norm, mixed_norm, lowest, hessian, mixed)
+        bounds["metric"] = _metric_bound(e, m, e.residual_norm - measured, mixed)
     # derivatives are off by the same relative amount as the parameters and filters they were computed from
     representation = point.problem.relative_uncertainty * m.mixed_norm * q_norm
     bounds = {name: replace(b, remainder=b.remainder + representation) for name, b in bounds.items()}
@@ -245,6 +245,14 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         bounds=bounds,
         component_bounds=components,
         rounding_share=_rounding_share(m, bounds["directional"], point, measured, hessian, mixed),
+    )
+
+
+def _metric_bound(e: Estimate, m: Measurements, rounding: Tensor, mixed: Tensor) -> Bound:
+    point, inverse, lowest = e.point, e.point.metric.inverse, e.point.metric.lowest
+    residual_norm = inner(e.residual, inverse(e.residual)).double().clamp(min=0).sqrt() + rounding / lowest.sqrt()
+    return certificates.metric(
+        m, point.metric_grad_norm, residual_norm, point.metric_mixed_norm, lowest, e.hessian, mixed
     )
 
 
@@ -265,11 +273,14 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
     convex, distance = point.loss.convex, point.distance
     smoothness = torch.full_like(distance, float(point.loss.smoothness))
     lower, upper = certificates.corrected_value_interval(e.loss, distance, e.residual_norm, smoothness, hessian, convex)
+    # the corrected value holds for the exact gradient; the measured one is off by up to point.rounding
+    off = norm(e.q).double() * point.rounding
+    lower, upper = lower - off, upper + off
     loss_grad_norm = norm(point.loss_grad).double()
     plain_lower, plain_upper = certificates.corrected_value_interval(
         point.loss_value, distance, loss_grad_norm, smoothness, torch.zeros_like(hessian), convex
     )
     # rounding of sums over many pixels, on the generous side: nothing acts on a relative 1e-10 of the loss
-    unit = max(16 * torch.finfo(e.q.dtype).eps, 1e-10)
-    unit = unit * (point.loss_value.abs() + norm(e.q).double() * point.grad_norm)
+    relative = max(16 * torch.finfo(e.q.dtype).eps, 1e-10)
+    unit = relative * (point.loss_value.abs() + norm(e.q).double() * point.grad_norm)
     return torch.maximum(lower, plain_lower) - unit, torch.minimum(upper, plain_upper) + unit

@@ -118,7 +118,7 @@ def _check_request(problem, certificate, error_tol, residual_tol, relative, boun
     for name, value in (("relative", relative), ("bound_tol", bound_tol)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"Expected {name} as a positive number, e.g. 0.1. Got {value!r}.")
-    if certificate == "metric" and getattr(problem, "metric_inverse", lambda: None)() is None:
+    if certificate == "metric" and problem.metric() is None:
         raise ValueError(
             "The metric certificate needs a data term with a cheap inverse and A^T A + ridge I positive definite. "
             "Choose certificate='auto', 'classical', 'directional' or 'polished'."
@@ -227,6 +227,7 @@ def _result(refiner, current: Estimate, polished_from, names, certificate, reaso
     if polished_from is not None:
         before_polish = (polished_from.grad, float((current.flat - polished_from.flat).norm()) + bound)
     lower, upper = (float(end.mean()) for end in current.loss_interval)
+    x = current.point.x.to(problem.dtype)
     return Hypergradient(
         grad=current.grad,
         bound=bound,
@@ -241,13 +242,14 @@ def _result(refiner, current: Estimate, polished_from, names, certificate, reaso
         loss=min(max(float(current.loss.mean()), lower), upper),
         loss_interval=(lower, upper),
         sample_bounds=sample_bounds,
-        x=current.point.x.to(problem.dtype),
+        x=x,
         q=current.q.to(problem.dtype),
         lower=replace(
             refiner.lower_solution,
-            x=current.point.x.to(problem.dtype),
+            x=x,
             grad_norm=current.point.measured_grad_norm,
-            distance_bound=current.point.distance,
+            # of the x returned, which float32 data round
+            distance_bound=current.point.distance + norm(x.to(current.point.x.dtype) - current.point.x).double(),
         ),
         linear=replace(refiner.linear_solution, q=current.q.to(problem.dtype), residual_norm=current.residual_norm),
         cost=cost,

@@ -47,7 +47,7 @@ class Run:
     _IN_WORK = (*_RESULTS, "index", "tol", "strong_convexity", "smoothness", "mark", "mark_at", "last", "last_at")
 
     def __init__(self, problem: LowerLevelProblem, x0: Tensor | None, error_tol: float | Tensor):
-        self.problem = problem
+        self.problem = self._full_problem = problem
         self.x = _start_point(problem, x0)
         constants = problem.constants()
         mu = _known(constants.strong_convexity, self.x, unknown=0.0)
@@ -56,6 +56,9 @@ class Run:
         self.knows_strong_convexity = bool((mu > 0).all())
         self.knows_smoothness = bool(self.smoothness.isfinite().all())
         self.tol = as_per_sample(error_tol, self.x, "error_tol") * torch.where(mu > 0, mu, torch.ones_like(mu))
+        # what is certified is the measured gradient plus its rounding errors
+        rounding = problem.gradient_rounding(self.x).to(self.tol)
+        self.tol = self.tol - torch.minimum(torch.where(mu > 0, rounding, 0.0), 0.5 * self.tol)
         self.index = torch.arange(mu.shape[0], device=mu.device)
         self.count = 0
         self._full_tol, self._full_mu = self.tol, mu
@@ -152,10 +155,11 @@ class Run:
             converged.tolist(), self._results["active"].tolist(), self._results["stagnated"].tolist(), strict=True
         )
         certified = (mu > 0) & size.isfinite()
+        rounding = self._full_problem.gradient_rounding(self._results["x"]).to(size)
         return LowerSolution(
             x=self._results["x"],
             grad_norm=size,
-            distance_bound=torch.where(certified, size / mu, math.inf),
+            distance_bound=torch.where(certified, (size + rounding) / mu, math.inf),
             iterations=self._results["iterations"],
             converged=converged,
             reason=tuple(_reason(*row) for row in rows),

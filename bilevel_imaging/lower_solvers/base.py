@@ -17,7 +17,7 @@ class LowerSolution:
     Attributes:
         x: ``(B, *image)``.
         grad_norm: ||grad_x g_i(x_i)||, ``(B,)``.
-        distance_bound: ||x_i - x_i*|| <= grad_norm / mu, ``(B,)``; inf where mu is not known.
+        distance_bound: ||x_i - x_i*|| <= (grad_norm + its rounding error) / mu, ``(B,)``; inf where mu is not known.
         iterations: per sample, int64 ``(B,)``.
         converged: ``grad_norm <= mu * error_tol``, bool ``(B,)``.
         reason: why each sample stopped: "converged", "max_iter", "stagnated" (rounding floor), "not finite".

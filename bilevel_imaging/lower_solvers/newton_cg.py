@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Linearization
+from bilevel_imaging.derivatives import Linearization, NewtonModel
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.linear_solvers._iteration import Preconditioner
 from bilevel_imaging.linear_solvers.conjugate_gradient import ConjugateGradient
@@ -18,7 +20,7 @@ RUNNING, CONVERGED, MAX_ITER, STAGNATED, NOT_FINITE = range(5)
 _REASONS = ("running", "converged", "max_iter", "stagnated", "not finite")
 
 # Residual of the Newton system relative to the gradient: at most this, and less as the gradient falls.
-_LARGEST_FORCING = 0.5
+_LARGEST_FORCING = 0.1
 # The Newton residual need not be smaller than this fraction of the final gradient norm.
 _OVERSOLVE = 0.5
 # A trial past the minimum along the line is accepted only while the slope is below this fraction of the first one ...
@@ -45,6 +47,7 @@ class _State:
         best_x, best_size: the point with the smallest gradient so far, which is what is returned.
         first_size: ||grad|| at the start, the reference of the forcing term.
         curvature: strong convexity constant, or the smallest curvature met so far where none is known.
+        memory: of the energy's Newton model, first dimension A; ``None`` if it has none.
         error_tol, status, iterations, index (position in the caller's batch), idle (iterations without progress).
     """
 
@@ -60,9 +63,11 @@ class _State:
     iterations: Tensor
     idle: Tensor
     index: Tensor
+    memory: Tensor | None
 
     def take(self, index: Tensor) -> _State:
-        return _State(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _State(**{name: None if value is None else value[index] for name, value in values.items()})
 
     @property
     def target(self) -> Tensor:
@@ -74,7 +79,7 @@ class NewtonCG(LowerSolver):
     """Inexact Newton method, globally convergent on smooth strongly convex energies.
 
     The Newton system is solved by conjugate gradients until its residual is below max(eta ||G||, mu error_tol / 2),
-    eta = min(1/2, sqrt(||G|| / ||G_0||)) (forcing terms: Dembo, Eisenstat & Steihaug 1982). The line search looks at
+    eta = min(1/10, sqrt(||G|| / ||G_0||)) (forcing terms: Dembo, Eisenstat & Steihaug 1982). The line search looks at
     slopes <G(x + t d), d> rather than energies, which in float32 are below rounding long before the end: a trial with
     a slope <= 0 has decreased a convex energy for certain. Other trials must lower the smallest gradient norm so far
     by a fixed factor, which can happen finitely often only, or not increase the energy; failing that, the slopes
@@ -112,7 +117,8 @@ class NewtonCG(LowerSolver):
                 f"Expected x0 of shape {tuple(problem.shape)} and {problem.dtype}. Got {tuple(x.shape)}, {x.dtype}."
             )
         limit = self.max_iter if max_iter is None else max_iter
-        state, linearization = _start(problem, x.detach(), as_per_sample(error_tol, x, "error_tol"))
+        cold = x0 is None
+        state, linearization = _start(problem, x.detach(), as_per_sample(error_tol, x, "error_tol"), cold)
         known = problem.constants().strong_convexity is not None
         everything, working = state, problem
         _settle(working, state, limit)
@@ -137,7 +143,9 @@ class NewtonCG(LowerSolver):
         tol = torch.maximum(forcing * state.size, _OVERSOLVE * state.target)
         tol = torch.where(running, tol, 0.0)  # a finished sample may have 0/0 or NaN here
         rhs = torch.where(per_sample(running, state.grad), -state.grad, 0.0)
-        d = self.inner_solver._solve(linearization, rhs, tol, check=False).q
+        model = None if state.memory is None else linearization.newton_model(state.memory)
+        operator = linearization if model is None else _Model(linearization, model)
+        d = self.inner_solver._solve(operator, rhs, tol, check=False).q
         slope = inner(state.grad, d)
         # without a descent direction (a Hessian that rounding made indefinite) fall back to the gradient
         descends = slope < 0
@@ -148,24 +156,59 @@ class NewtonCG(LowerSolver):
             seen = torch.where(running & descends, -slope / inner(d, d), torch.inf)
             state.curvature = torch.minimum(state.curvature, seen)
         state.iterations += running
-        return _line_search(problem, state, d, slope, running)
+        return _line_search(problem, state, d, slope, running, model)
 
 
-def _start(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor) -> tuple[_State, Linearization]:
+class _Model(Linearization):
+    """The Newton system with the energy's own model in place of its Hessian."""
+
+    def __init__(self, linearization: Linearization, model: NewtonModel):
+        self.grad, self.constants = linearization.grad, linearization.constants
+        self.linearization, self.model = linearization, model
+
+    def hvp(self, v: Tensor) -> Tensor:
+        return self.model.hvp(v)
+
+    def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
+        return self.linearization.mixed_vjp(q)
+
+    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+        return self.linearization.preconditioner()
+
+
+def _start(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor, cold: bool) -> tuple[_State, Linearization]:
     linearization = problem.linearize(x)
     grad = linearization.grad
     size = norm(grad)
     mu = problem.constants().strong_convexity
     curvature = torch.full_like(size, torch.inf) if mu is None else mu.to(size).expand_as(size).clone()
+    if mu is not None:
+        # what is certified is the measured gradient plus its rounding errors
+        rounding = problem.gradient_rounding(x).to(size) / curvature
+        error_tol = error_tol - torch.minimum(rounding, 0.5 * error_tol)
     zero = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     index = torch.arange(x.shape[0], device=x.device)
     state = _State(
-        x.clone(), grad, size, x.clone(), size, size, curvature, error_tol, zero, zero.clone(), zero.clone(), index
+        x=x.clone(),
+        grad=grad,
+        size=size,
+        best_x=x.clone(),
+        best_size=size,
+        first_size=size,
+        curvature=curvature,
+        error_tol=error_tol,
+        status=zero,
+        iterations=zero.clone(),
+        idle=zero.clone(),
+        index=index,
+        memory=linearization.newton_memory(cold=cold),
     )
     return state, linearization
 
 
-def _line_search(problem: LowerLevelProblem, state: _State, d: Tensor, slope: Tensor, running: Tensor) -> Linearization:
+def _line_search(
+    problem: LowerLevelProblem, state: _State, d: Tensor, slope: Tensor, running: Tensor, model: NewtonModel | None
+) -> Linearization:
     """Move the running samples along d and return the linearization at the new points.
 
     Slopes of a convex function increase along the line, so a trial with slope > 0 bounds the step from above. Samples
@@ -199,6 +242,8 @@ def _line_search(problem: LowerLevelProblem, state: _State, d: Tensor, slope: Te
         fraction = (slope / (slope - new_slope)).nan_to_num(0.0).clamp(_SHRINK[0], most)
         t = torch.where(waiting, fraction * t, t)
     _accept(state, point, linearization.grad, size, running)
+    if model is not None:
+        state.memory = model.advance(d, t)
     return linearization
 
 
@@ -240,14 +285,15 @@ def _put(everything: _State, part: _State) -> None:
     if part is everything:
         return
     for f in fields(part):
-        if f.name != "index":
+        if f.name not in ("index", "memory"):
             getattr(everything, f.name)[part.index] = getattr(part, f.name)
 
 
 def _solution(problem: LowerLevelProblem, state: _State) -> LowerSolution:
     size = torch.where(state.best_size.isfinite(), state.best_size, torch.inf)
     mu = problem.constants().strong_convexity
-    bound = torch.full_like(size, torch.inf) if mu is None else size / mu.to(size)
+    rounding = problem.gradient_rounding(state.best_x).to(size)
+    bound = torch.full_like(size, torch.inf) if mu is None else (size + rounding) / mu.to(size)
     return LowerSolution(
         x=state.best_x,
         grad_norm=size,

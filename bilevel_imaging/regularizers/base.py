@@ -39,6 +39,42 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
             leaf = x if x.requires_grad and keep_graph else x.detach().requires_grad_(True)
             return torch.autograd.grad(self.fn(leaf).sum(), leaf, create_graph=keep_graph)[0]
 
+    def prox(
+        self,
+        x: Tensor,
+        *args: Any,
+        gamma: float | Tensor = 1.0,
+        max_iter_inter: int = 1000,
+        tol_inter: float = 1e-5,
+        **kwargs: Any,
+    ) -> Tensor:
+        """argmin_z gamma R(z) + 1/2 ||z - x||^2, to ||z_i - z_i*|| <= tol_inter ||x_i||, ``(B, C, H, W)``.
+
+        deepinv's own takes gradient steps of a fixed length, which diverge for small smoothing. Where the smoothness
+        of R is not known it is used all the same: choose its ``stepsize_inter``.
+
+        Args:
+            x: where, ``(B, C, H, W)``.
+            gamma: positive number, or a tensor that broadcasts against x.
+            max_iter_inter: iteration limit.
+            tol_inter: accuracy, relative to ||x||.
+            *args: ignored, as in deepinv's calls.
+            **kwargs: likewise, but for the ``stepsize_inter`` of deepinv's own.
+        """
+        smoothness = self.constants(x.shape).smoothness
+        if smoothness is None:
+            return super().prox(x, *args, gamma=gamma, max_iter_inter=max_iter_inter, tol_inter=tol_inter, **kwargs)
+        step = 1 / (1 + float(torch.as_tensor(gamma).max()) * float(smoothness.max()))
+        momentum = (1 - step**0.5) / (1 + step**0.5)  # Nesterov's constant one, the strong convexity is 1
+        previous = point = x
+        for _ in range(max_iter_inter):
+            slope = gamma * self.grad(point) + point - x
+            if bool((slope.flatten(1).norm(dim=1) <= tol_inter * x.flatten(1).norm(dim=1)).all()):
+                return point
+            current = point - step * slope
+            previous, point = current, current + momentum * (current - previous)
+        return previous
+
     def linearize(self, x: Tensor) -> Linearization:
         """Derivatives frozen at x, ``(B, C, H, W)``."""
         return AutogradLinearization(self, x)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_imaging.derivatives import Constants, Directional, Linearization
+from bilevel_imaging.derivatives import Constants, Directional, Linearization, NewtonModel
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.differences import differences_adjoint, forward_differences, squared_operator_norm
 
@@ -244,8 +244,45 @@ class TotalVariationLinearization(Linearization):
         other.grad = self.grad[index]
         return other
 
+    def newton_memory(self, *, cold: bool) -> Tensor:
+        unit = self.unit.transpose(0, 1)
+        return torch.zeros_like(unit) if cold else unit.clone()
+
+    def newton_model(self, memory: Tensor) -> NewtonModel:
+        return PrimalDualModel(self, memory.transpose(0, 1))
+
     def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
         return None
+
+
+class PrimalDualModel(NewtonModel):
+    """weight D^T (I - (u n^T + n u^T) / 2) D / s, with a dual field |u| <= 1 in place of one n = Dx / s.
+
+    Chan, Golub & Mulet (1999): linearizing the dual equation u s = Dx instead of u = Dx / s, whose linearization holds
+    in a much larger neighborhood. u = 0 is the quadratic majorizer (lagged diffusivity), u = n is Newton's method.
+    """
+
+    def __init__(self, linearization: TotalVariationLinearization, dual: Tensor):
+        self.at, self.dual = linearization, dual
+        self.group = linearization.regularizer._group
+
+    def hvp(self, v: Tensor) -> Tensor:
+        at = self.at
+        dv = forward_differences(v)
+        along_unit = self.group(at.unit * dv).mul_(0.5)
+        along_dual = self.group(self.dual * dv).mul_(0.5)
+        dv.addcmul_(self.dual, along_unit, value=-1).addcmul_(at.unit, along_dual, value=-1)
+        return differences_adjoint(dv.mul_(at.reciprocal)).mul_(at.weight)
+
+    def advance(self, d: Tensor, step: Tensor) -> Tensor:
+        at = self.at
+        dd = forward_differences(d)
+        along = self.group(at.unit * dd)
+        full = at.unit + (dd - self.dual * along) * at.reciprocal
+        step = step.reshape(1, -1, *([1] * (d.dim() - 1)))
+        dual = self.dual + step * (full - self.dual)
+        # |u| <= 1 keeps the model positive semidefinite
+        return dual.div_(self.group(dual * dual).sqrt_().clamp_(min=1)).transpose(0, 1)
 
 
 def _norm(a: Tensor) -> Tensor:

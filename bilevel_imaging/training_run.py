@@ -1,0 +1,291 @@
+"""What the commands do once their arguments are understood: a whole run, and the evaluation of one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from bilevel_imaging import assembly
+from bilevel_imaging.config import RunConfig
+from bilevel_imaging.data import ImagePairs
+from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.errors import CheckpointError, DataError
+from bilevel_imaging.export import load_regularizer, save_regularizer, versions
+from bilevel_imaging.lower_solvers import LOWER_SOLVERS
+from bilevel_imaging.regularizers import Regularizer
+from bilevel_imaging.training import Trainer, TrainingResult
+from bilevel_imaging.training.checkpoints import atomic_write
+from bilevel_imaging.training.comparison import comparison_figure
+from bilevel_imaging.training.evaluation import Evaluation, GridSearch, Validator, baseline, evaluate, grid_search
+from bilevel_imaging.training.figures import save_figure
+from bilevel_imaging.training.metrics_log import finite_or_none
+from bilevel_imaging.training.objective import BilevelObjective
+from bilevel_imaging.training.progress import format_interval
+from bilevel_imaging.training.state import digest
+
+CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.yaml", "data.json", "summary.json"
+REGULARIZER_FILE = "regularizer.safetensors"
+GRID_FILE = "grid_search.json"
+
+
+def train(config: RunConfig, folder: Path, *, resume: bool = False) -> int:
+    """Train, export, evaluate and report.
+
+    Args:
+        config: resolved settings.
+        folder: the run folder.
+        resume: continue with what is in it.
+
+    Returns:
+        exit code: 0; 1 if the training diverged; 130 if it was interrupted.
+    """
+    try:
+        pairs = assembly.training_pairs(config)
+        energy = assembly.make_energy(config)
+        objective = assembly.make_objective(config, energy, pairs)
+        trainer = make_trainer(config, folder, objective)
+        _check_data(folder, pairs, resume)
+        write_config(folder, config)
+    except BaseException:
+        # a mistake in the settings must not leave an empty folder behind
+        if not resume and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    if resume:
+        trainer.resume(missing_ok=True)
+    result = trainer.fit()
+    if result.status == "diverged":
+        return 1
+    export(config, folder, energy, objective)
+    if result.status == "interrupted":
+        return 130
+    value = objective.value(_final_accuracy(pairs))
+    summary = _summary(config, result, energy.regularizer, (value.value, value.lower, value.upper))
+    if config.logging.evaluate:
+        search = _search(folder, config, energy.regularizer, pairs)
+        test = assembly.evaluation_pairs(config, "test")
+        evaluation = evaluate(_energies(config, energy.regularizer, search), test)
+        summary |= evaluation.to_dict() | {"grid_search": _search_summary(search)}
+        _save_picture(evaluation, folder / "pictures" / "evaluation.png")
+    write_json(folder / SUMMARY_FILE, summary)
+    print(report(summary, folder, len(summary["images"])))
+    return 0
+
+
+def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective) -> Trainer:
+    """The trainer of a run, with validation on crops of the validation images."""
+    dtype = getattr(torch, config.problem.dtype)
+    validation = assembly.evaluation_pairs(config, "val", dtype=dtype)
+    validator = Validator(objective.energy, validation, LOWER_SOLVERS[config.lower.solver]())
+    return Trainer(
+        objective,
+        assembly.make_method(config.upper),
+        folder,
+        max_steps=config.upper.max_steps,
+        validate=validator.validate,
+        validate_every=config.logging.validate_every,
+        checkpoint_every=config.logging.checkpoint_every,
+        log_images=validator.images,
+        config=asdict(config),
+        tensorboard=config.logging.tensorboard,
+        progress=config.logging.progress,
+    )
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the settings as YAML, in one piece."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece; what is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _check_data(folder: Path, pairs: ImagePairs, resume: bool) -> None:
+    """Remember the training images, and refuse to continue with others: that would not be bit for bit."""
+    current = {"names": pairs.names, "digest": digest([x.cpu() for x in pairs.x])}
+    path = folder / DATA_FILE
+    if resume and path.exists():
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if saved != current:
+            raise DataError(f"{path}: the training images have changed since the run began. Start a new run.")
+    else:
+        write_json(path, current)
+
+
+def export(config: RunConfig, folder: Path, energy: VariationalEnergy, objective: BilevelObjective) -> None:
+    """Write the learned regularizer with the constants of its training energy."""
+    batch = objective.pairs.batch([0])
+    bounds = energy.bind(batch.y, batch.physics).constants()
+    pairs = (("mu", bounds.strong_convexity), ("L", bounds.smoothness))
+    constants = {name: float(value[0]) for name, value in pairs if value is not None}
+    save_regularizer(
+        folder / REGULARIZER_FILE,
+        energy.regularizer,
+        ridge=energy.ridge,
+        noise_level=config.problem.sigma,
+        constants=constants,
+        extra={"problem": asdict(config.problem), "color": config.data.color, "seed": config.seed},
+    )
+
+
+def _final_accuracy(pairs: ImagePairs) -> float:
+    return 1e-5 * pairs.x[0].numel() ** 0.5
+
+
+def named_parameters(regularizer: Regularizer) -> dict[str, Any]:
+    """Parameters with a single entry: positive ones (stored as logarithms) by value, all by their name in theta."""
+    result: dict[str, Any] = {}
+    for name, tensor in regularizer.named_parameters():
+        if tensor.numel() == 1:
+            value = float(tensor.detach())
+            if name.startswith("log_"):
+                result[name.removeprefix("log_")] = math.exp(value)
+            result[f"regularizer.{name}"] = value
+    return result
+
+
+def _summary(
+    config: RunConfig, result: TrainingResult, regularizer: Regularizer, value: tuple[float, float, float]
+) -> dict[str, Any]:
+    return {
+        "psnr": None,
+        "ssim": None,
+        "loss": value[0],
+        "loss_interval": [value[1], value[2]],
+        "first_loss": result.summary.get("first_loss"),
+        "parameters": named_parameters(regularizer),
+        "status": result.status,
+        "reason": result.reason,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "cost": asdict(result.cost),
+        "validation": result.validation,
+        "method": config.upper.method,
+        "seed": config.seed,
+        "device": str(assembly.device_of(config)),
+        "versions": versions(),
+        "images": {},
+    }
+
+
+def _search(folder: Path, config: RunConfig, regularizer: Regularizer, pairs: ImagePairs | None) -> GridSearch:
+    """The grid search of a run; done once and kept in its folder."""
+    path = folder / GRID_FILE
+    if path.exists():
+        try:
+            content = json.loads(path.read_text())
+            tried = [tuple(entry) for entry in content.pop("tried")]
+            return GridSearch(tried=tried, **content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Remove it: it will be computed again.") from error
+    if config.logging.progress:
+        print("Grid search for one weight on the training images, to compare with ...", file=sys.stderr, flush=True)
+    pairs = assembly.training_pairs(config) if pairs is None else pairs
+    search = grid_search(regularizer, pairs, ridge=config.resolved().problem.ridge or 0.0)
+    write_json(path, asdict(search))
+    return search
+
+
+def _search_summary(search: GridSearch) -> dict[str, Any]:
+    return {"weight": search.weight, "smoothing": search.smoothing, "loss": search.loss}
+
+
+def _energies(config: RunConfig, regularizer: Regularizer, search: GridSearch) -> dict[str, VariationalEnergy]:
+    return {
+        "grid_search": assembly.make_energy(config, baseline(regularizer, search.weight, search.smoothing)),
+        "learned": assembly.make_energy(config, regularizer),
+    }
+
+
+def _save_picture(evaluation: Evaluation, path: Path) -> None:
+    save_figure(comparison_figure(evaluation.pictures, evaluation.names), path)
+
+
+def report(summary: dict[str, Any], folder: Path, images: int) -> str:
+    """The message at the end: what was learned, how good it is, what to type next."""
+    values = {n: v for n, v in summary["parameters"].items() if not n.startswith("regularizer.")}
+    learned = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    low, high = summary["loss_interval"]
+    lines = [
+        "",
+        f"Run folder     {folder}",
+        f"Training       {summary['steps']} steps in {summary['seconds']:.1f} s: {summary['reason']}",
+        f"Learned        {learned}",
+        f"Training loss  {format_interval(summary['loss'], low, high)}"
+        + ("  (certified interval)" if math.isfinite(low) and math.isfinite(high) else ""),
+    ]
+    if summary["psnr"] is not None:
+        search = summary["grid_search"]
+        fixed = "" if search["smoothing"] is None else f", smoothing {search['smoothing']:g}"
+        for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 4)):
+            v = {name: f"{value:.{digits}f}" for name, value in summary[metric].items()}
+            lines.append(
+                f"{metric.upper():<14} {v['measurement']} -> {v['learned']}{unit}; "
+                f"grid search {v['grid_search']} (weight {search['weight']:.3g}{fixed})"
+            )
+        lines.append(f"               mean over test images that the training has not seen: {images}")
+    lines += ["Next:", f"  tensorboard --logdir {folder.parent}"]
+    lines.append(f"  python scripts/evaluate.py {folder} --data FOLDER_WITH_IMAGES")
+    if summary["status"] == "completed":
+        steps = max(10, 2 * summary["steps"])
+        lines.append(f"  python scripts/train.py --resume {folder} --upper.max_steps {steps}")
+    return "\n".join(lines)
+
+
+def evaluate_run(
+    config: RunConfig, folder: Path, data: str | None, crop: int | None, json_path: str | None, picture: str | None
+) -> int:
+    """Evaluate a finished run: table on the terminal, picture, JSON.
+
+    Args:
+        config: settings of the run.
+        folder: the run folder.
+        data: folder of test images; ``None`` for those of the run.
+        crop: largest height and width, 0 for whole images; ``None`` for whole images of ``data``, else
+            ``data.eval_size``.
+        json_path: where to write the numbers, under the keys of summary.json.
+        picture: where to draw; ``None`` for the run's pictures folder.
+    """
+    if not (folder / REGULARIZER_FILE).exists():
+        raise CheckpointError(f"{folder}: not finished, no {REGULARIZER_FILE}. Go on with train.py --resume {folder}.")
+    regularizer = load_regularizer(folder / REGULARIZER_FILE)
+    images = None if data is None else assembly.load_folder(data, config)
+    if crop is None and data is not None:
+        crop = 0
+    pairs = assembly.evaluation_pairs(config, "test", images, crop=crop)
+    search = _search(folder, config, regularizer, None)
+    evaluation = evaluate(_energies(config, regularizer, search), pairs)
+    print(evaluation.table())
+    distance = max(max(values) for values in evaluation.distance_bound.values())
+    fixed = "" if search.smoothing is None else f", smoothing {search.smoothing:g}"
+    print(f"Grid search on the training images: weight {search.weight:.4g}{fixed}. * best.")
+    print(f"Every reconstruction is certified to lie within {distance:.2g} (Euclidean) of the exact minimizer.")
+    name = "evaluation.png" if data is None else "evaluation_data.png"
+    path = folder / "pictures" / name if picture is None else Path(picture).expanduser()
+    _save_picture(evaluation, path)
+    print(f"Picture: {os.path.relpath(path)}")
+    if json_path is not None:
+        content = evaluation.to_dict() | {
+            "parameters": named_parameters(regularizer),
+            "grid_search": _search_summary(search),
+            "run": str(folder),
+            "data": data,
+            "versions": versions(),
+        }
+        write_json(Path(json_path).expanduser(), content)
+    return 0

@@ -1,0 +1,246 @@
+"""The commands from end to end: train, evaluate, resume, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from bilevel_imaging.cli import evaluate_main, read_config, train_main
+from bilevel_imaging.config import ProblemConfig, RunConfig, UpperConfig
+from bilevel_imaging.export import load_regularizer, reconstruct
+from bilevel_imaging.training import read_metrics
+from bilevel_imaging.training.evaluation import Validator, evaluate, grid_search
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+TINY = (
+    "--data.patch_size=24 --data.patches_per_image=1 --data.max_images=2 --data.eval_size=48 "
+    "--logging.tensorboard=false --logging.progress=false"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Other processes on the same cores make two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "tv"
+    assert train_main([f"--output={folder}", "--upper.max_steps=4", *TINY]) == 0
+    return folder
+
+
+def fails(capsys, *arguments: str, command=train_main) -> str:
+    """The one line printed to standard error."""
+    capsys.readouterr()
+    assert command(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_summary_and_files(run):
+    summary = json.loads((run / "summary.json").read_text())
+    for metric in ("psnr", "ssim"):
+        assert set(summary[metric]) == {"measurement", "learned", "grid_search"}
+        assert summary[metric]["learned"] > summary[metric]["measurement"]
+    low, high = summary["loss_interval"]
+    assert low <= summary["loss"] <= high < math.inf
+    assert summary["parameters"]["weight"] == pytest.approx(math.exp(summary["parameters"]["regularizer.log_weight"]))
+    assert {"smoothing", "regularizer.log_smoothing"} <= set(summary["parameters"])
+    assert summary["seconds"] > 0 and summary["cost"]["hvps"] > 0
+    names = "config.yaml metrics.jsonl regularizer.safetensors checkpoints grid_search.json pictures/evaluation.png"
+    assert all((run / name).exists() for name in names.split())
+    assert read_config(run).data.patch_size == 24
+    assert yaml.safe_load((run / "config.yaml").read_text())["problem"]["ridge"] == 0.0
+
+
+def test_evaluate_again_gives_the_same_numbers(run, tmp_path, capsys):
+    assert evaluate_main([str(run), f"--json={tmp_path / 'e.json'}", f"--picture={tmp_path / 'e.png'}"]) == 0
+    table = capsys.readouterr().out
+    assert "PSNR measurement" in table and "mean" in table and "certified" in table
+    summary, again = (json.loads(p.read_text()) for p in (run / "summary.json", tmp_path / "e.json"))
+    for metric in ("psnr", "ssim"):
+        assert again[metric] == pytest.approx(summary[metric], abs=1e-6)
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_own_images_of_several_sizes(run, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "images").mkdir()
+    for name, shape in (("a.png", (40, 33)), ("b.png", (30, 44))):
+        pixels = torch.rand(shape, generator=generator).mul(255).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / name)
+    arguments = [str(run), f"--data={tmp_path / 'images'}", f"--json={tmp_path / 'e.json'}"]
+    assert evaluate_main(arguments) == 0
+    assert list(json.loads((tmp_path / "e.json").read_text())["images"]) == ["a.png", "b.png"]
+
+
+def test_learned_regularizer_reconstructs(run):
+    prior = load_regularizer(run / "regularizer.safetensors")
+    config = read_config(run)
+    from bilevel_imaging.assembly import evaluation_pairs
+
+    batch = evaluation_pairs(config, "test").batch([0])
+    x, info = reconstruct(batch.y, batch.physics, prior, error_tol=1e-6)
+    assert x.shape == batch.x.shape and bool(info.converged.all()) and float(info.distance_bound.max()) <= 1e-6
+
+
+def test_default_folders_are_fresh(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--upper.max_steps=0", "--logging.evaluate=false"]
+    assert train_main(options) == 0
+    assert train_main([f"--config={ROOT / 'scripts/configs/tv_denoise.yaml'}", *options]) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["tv_denoise", "tv_denoise-2"]
+    assert "--resume runs/tv_denoise-2 --upper.max_steps" in capsys.readouterr().out
+
+
+def test_resume_to_more_steps_equals_one_run(run, tmp_path):
+    first = tmp_path / "first"
+    options = [*TINY, "--logging.evaluate=false"]
+    assert train_main([f"--output={first}", "--upper.max_steps=2", *options]) == 0
+    assert train_main([f"--resume={first}", "--upper.max_steps=4"]) == 0
+    assert read_config(first).upper.max_steps == 4
+    assert_same_parameters(first, run)
+
+
+def assert_same_parameters(a: Path, b: Path) -> None:
+    states = [load_regularizer(folder / "regularizer.safetensors").state_dict() for folder in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert tensor.numpy().tobytes() == states[1][name].numpy().tobytes(), name
+
+
+def test_resume_after_sigkill_is_bit_for_bit(tmp_path):
+    options = [*TINY, "--upper.method=adam", "--upper.minibatch=1", "--upper.max_steps=80", "--logging.evaluate=false"]
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--output={killed}", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        records = read_metrics(killed / "metrics.jsonl")
+        if records and records[-1]["step"] > 12:
+            break
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.communicate()
+    assert not (killed / "regularizer.safetensors").exists()
+    assert train_main([f"--resume={killed}"]) == 0
+    assert train_main([f"--output={tmp_path / 'whole'}", *options]) == 0
+    assert_same_parameters(killed, tmp_path / "whole")
+    steps = [r["step"] for r in read_metrics(killed / "metrics.jsonl") if r["kind"] == "step"]
+    assert steps == list(range(1, 81))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--problem.kind=x", "problem.kind: expected one of denoising, deblurring, inpainting. Got 'x'"),
+        ("--problem.sigma=-1", "problem.sigma: expected a finite number >= 0"),
+        ("--problem.sigma=.nan", "problem.sigma: expected a finite number >= 0. Got nan"),
+        ("--problem.sigma=high", "problem.sigma"),
+        ("--problem.nois=1", "Allowed in problem: kind, sigma"),
+        ("--problme.kind=x", "Allowed groups: data, problem"),
+        ("--problem.kind=deblurring --problem.ridge=0", "problem.ridge: expected a finite number > 0"),
+        ("--upper.method=foo", "upper.method: expected one of maid, adam"),
+        ("--upper.lr=0.1", "upper.lr: maid does not take it"),
+        ("--upper.minibatch=2", "upper.minibatch"),
+        ("--lower.solver=foo", "lower.solver: expected one of"),
+        ("--regularizer.kind=tikhonov --regularizer.isotropic=false", "regularizer.isotropic: tikhonov"),
+        ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),
+        ("--data.train=/no/such/folder", "/no/such/folder: no such folder"),
+        ("--data.patch_size=1000", "too small"),
+        ("--config=/no/such.yaml", "/no/such.yaml"),
+        ("--resume=/no/such/run", "/no/such/run: no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, *arguments.split())
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_mistakes_with_an_existing_run(run, capsys, tmp_path):
+    assert "already holds a run" in fails(capsys, f"--output={run}")
+    assert "seed: cannot change" in fails(capsys, f"--resume={run}", "--seed=3")
+    assert "stays in its folder" in fails(capsys, f"--resume={run}", f"--output={tmp_path}")
+    assert "no config.yaml" in fails(capsys, str(tmp_path), command=evaluate_main)
+    assert "no images found" in fails(capsys, str(run), f"--data={tmp_path}", command=evaluate_main)
+
+
+def test_damaged_runs(capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert train_main([f"--output={folder}", "--upper.max_steps=1", "--logging.evaluate=false", *TINY]) == 0
+    (folder / "regularizer.safetensors").write_bytes(b"damaged")
+    assert "regularizer.safetensors" in fails(capsys, str(folder), command=evaluate_main)
+    data = folder / "data.json"
+    content = data.read_text()
+    data.write_text(content.replace('"digest": "', '"digest": "0'))
+    assert "training images have changed" in fails(capsys, f"--resume={folder}")
+    data.write_text(content)
+    for path in (folder / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    assert "No readable checkpoint" in fails(capsys, f"--resume={folder}")
+    (folder / "config.yaml").write_text("problem: [")
+    assert "config.yaml" in fails(capsys, f"--resume={folder}")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_run(path, tmp_path):
+    options = [*TINY, "--upper.max_steps=1", "--logging.evaluate=false"]
+    assert train_main([f"--config={path}", f"--output={tmp_path / 'run'}", *options]) == 0
+
+
+def test_default_is_the_denoising_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text((ROOT / "scripts/configs/tv_denoise.yaml").read_text())
+    assert read_config(tmp_path).differences(RunConfig()) == []
+
+
+def test_configuration_round_trip_and_differences():
+    config = RunConfig(problem=ProblemConfig("inpainting"), upper=UpperConfig("adam", max_steps=7), seed=3).resolved()
+    assert config.problem.ridge > 0 and config.upper.lr == 0.05 and config.resolved() == config
+    assert RunConfig().resolved().differences(config) == [
+        "seed",
+        "problem.kind",
+        "problem.ridge",
+        "upper.method",
+        "upper.max_steps",
+        "upper.lr",
+        "upper.tolerance",
+    ]
+
+
+def test_grid_search_finds_the_minimum_on_the_training_images():
+    from bilevel_imaging import TotalVariation, assembly
+    from bilevel_imaging.config import DataConfig
+
+    config = RunConfig(data=DataConfig(patch_size=24, patches_per_image=1, max_images=3, eval_size=48))
+    pairs = assembly.training_pairs(config)
+    search = grid_search(TotalVariation(), pairs)
+    assert search.loss == min(loss for *_, loss in search.tried)
+    energy = assembly.make_energy(config, TotalVariation(search.weight, search.smoothing))
+    h = assembly.make_objective(config, energy, pairs).hypergradient(error_tol=1e-4, residual_tol=1e-4)
+    # the weight is stationary: its derivative moves the loss by less than 0.5 % over a tenth of an e-fold
+    assert abs(float(h.grad["regularizer.log_weight"])) * 0.1 < 5e-3 * search.loss
+    validator = Validator(energy, assembly.evaluation_pairs(config, "val"))
+    values = validator.validate()
+    assert values["psnr"] > values["psnr_noisy"] and validator.images()["gt"].shape == (2, 1, 48, 48)
+    evaluation = evaluate({"learned": energy}, validator.pairs)
+    assert evaluation.mean("psnr")["learned"] == pytest.approx(values["psnr"], abs=0.01)
