@@ -166,7 +166,8 @@ def _continued(parser: Any, arguments: list[str], folder: Path, output: str | No
 def _run_name(parsed: Any, config: RunConfig) -> str:
     files = parsed.config or []
     if files:
-        return Path(str(files[-1])).stem
+        path = Path(str(files[-1]))
+        return path.stem if path.name != CONFIG_FILE else path.absolute().parent.name
     kinds = (config.regularizer.kind, config.problem.kind)
     return "_".join(_SHORT.get(kind, kind) for kind in kinds) + ("_color" if config.data.color else "")
 

@@ -1,4 +1,4 @@
-"""Every regularizer, forward operator and solver under test, and an independent reference for what they must agree with.
+"""Every regularizer, forward operator and solver under test, and an independent reference to compare them with.
 
 A new model or solver is one line here, and every property test then runs over it. The reference shares no code with
 the package: dense matrices in numpy, Newton's method with iterative refinement in extended precision.

@@ -286,9 +286,8 @@ def ascend(objective, variables: list[Tensor], project, steps: int = 40, rate: f
         step = rate * 0.93**k
         variables = project(
             *[
-                v.detach() + step * per_sample(norm(v.detach()).clamp(min=1e-12), v) * g / per_sample(
-                    norm(g).clamp(min=1e-300), v
-                )
+                v.detach()
+                + step * per_sample(norm(v.detach()).clamp(min=1e-12), v) * g / per_sample(norm(g).clamp(min=1e-300), v)
                 if g is not None
                 else v.detach()
                 for v, g in zip(leaves, grads, strict=True)
@@ -447,7 +446,7 @@ def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics)
                 double = in_double(case.physics)
                 exact = case.energy.bind(case.y.double(), double)
             start = exact.initial().to(F32)
-            near = bi.lower_solvers.NewtonCG(max_iter=8, max_inner=40).solve(problem, start, 1e-5).x
+            near = bi.lower_solvers.NewtonCG(max_iter=3, max_inner=15).solve(problem, start, 1e-5).x
             for x in (case.x_true, case.y if case.y.shape == problem.shape else start, near):
                 error = norm(problem.grad(x).double() - exact.grad(x.double()))
                 allowed = problem.gradient_rounding(x).double() + problem.input_uncertainty(x).double()
@@ -491,7 +490,11 @@ def test_subset_is_the_same_samples(regularizer, physics):
     close(restricted.grad, linearization.grad[index], 1e-12)
     close(restricted.mixed_columns(), linearization.mixed_columns()[index], 1e-12)
     radius = torch.tensor([0.1, 0.3, 0.01], dtype=F64)
-    close(restricted.directional(v[index], radius[index]).hessian, linearization.directional(v, radius).hessian[index], 1e-12)
+    close(
+        restricted.directional(v[index], radius[index]).hessian,
+        linearization.directional(v, radius).hessian[index],
+        1e-12,
+    )
 
 
 @pairs

@@ -17,13 +17,15 @@ from bilevel_imaging.tensors import inner, norm
 
 
 class Point:
-    """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``."""
+    """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``.
 
-    def __init__(
-        self, problem: LowerLevelProblem, loss: LossOracle, x: Tensor, linearization: Linearization | None = None
-    ):
+    ``working`` is a linearization at x for solvers, in the dtype of the data; by default the same as that of the point.
+    """
+
+    def __init__(self, problem: LowerLevelProblem, loss: LossOracle, x: Tensor, working: Linearization | None = None):
         self.problem, self.loss, self.x = problem, loss, x
-        self.linearization = problem.linearize(x) if linearization is None else linearization
+        self.linearization = problem.linearize(x)
+        self.working = self.linearization if working is None else working
         self.constants = self.linearization.constants
         self.gradient = self.linearization.grad
         self.loss_value = loss.value(x).double()

@@ -21,6 +21,8 @@ from bilevel_imaging.tensors import as_per_sample, norm
 
 CERTIFICATES = ("auto", "classical", "directional", "metric", "polished")
 MAX_CORRECTIONS = 8
+# with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
+FIRST_ERROR, FIRST_RESIDUAL = 2e-5, 0.05
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
@@ -156,9 +158,9 @@ def _total(current: Estimate, names: tuple[str, ...]) -> float:
 def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> Estimate:
     """Newton corrections of x, each followed by a correction of q, until the certificate is tight on both sides."""
     if first.point.reason:
-        point, working = refiner.newton_step(first.point, 0.1)
+        point = refiner.newton_step(first.point, 0.1)
         residual_tol = 0.1 * norm(first.residual).double().clamp(max=float(norm(point.loss_grad).max()))
-        return estimate(point, refiner.correct_adjoint(point, working, first.q, residual_tol))
+        return estimate(point, refiner.correct_adjoint(point, first.q, residual_tol))
     names = _available(first, names)
     best, best_bound = first, _total(first, names)
     current, goal = first, POLISHED_RELATIVE * first.norm
@@ -181,11 +183,10 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     start = problem.initial() if x0 is None else x0
     size = norm(start).clamp(min=1e-3)
     loss_size = norm(refiner.loss.grad(start)).clamp(min=1e-12)
-    current = refiner.solve(start, q0, 1e-2 * size, 0.1 * loss_size)
+    fraction = 0.1 if goal.relative is None else min(goal.relative, 1.0)
+    current = refiner.solve(x0, q0, FIRST_ERROR * fraction * size, FIRST_RESIDUAL * fraction * loss_size)
     if current.point.reason:
-        # no constants to measure the accuracy with: solve as accurately as asked, relative to the start
-        fraction = 0.1 if goal.relative is None else goal.relative
-        return refiner.solve(start, q0, 1e-3 * fraction * size, 1e-2 * fraction * loss_size), ""
+        return current, ""  # no constants to measure the accuracy with
     names = _available(current, names)
     best, best_bound = current, _total(current, names)
     stalled = rounds = 0
@@ -302,14 +303,14 @@ def loss_interval(
     """
     oracle = LossOracle(loss, x_true, problem.shape)
     refiner = Refiner(problem, oracle, NewtonCG(), ConjugateGradient())
-    point, _ = refiner.point(x)
+    point = refiner.point(x)
     if error_tol is not None and refiner.exact is not problem and not point.value_reason:
         target = as_per_sample(error_tol, point.x, "error_tol")
         for _ in range(MAX_CORRECTIONS):
             if bool((point.distance <= target).all()):
                 break
             factor = (0.5 * target / point.distance).clamp(1e-3, 0.1)
-            point, _ = refiner.newton_step(point, factor)
+            point = refiner.newton_step(point, factor)
     adjoint = torch.zeros_like(point.x) if q is None else q.to(point.x.dtype)
     result = estimate(point, adjoint, gradient=False)
     lower, upper = result.loss_interval

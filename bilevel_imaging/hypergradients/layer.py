@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.variational import VariationalEnergy, VariationalProblem
 from bilevel_imaging.errors import NotCertifiedWarning
-from bilevel_imaging.hypergradients.evaluation import Point, estimate
+from bilevel_imaging.hypergradients.evaluation import estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.hypergradients.refinement import Refiner
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.tensors import inner, norm
@@ -99,13 +100,13 @@ class BilevelReconstructor(deepinv.models.Reconstructor):
 
     def _backward(self, problem: VariationalProblem, x: Tensor, cotangent: Tensor) -> Tensor:
         before = problem.cost.copy()
-        working = problem.linearize(x)
         relative = self.residual_tol or (1e-10 if problem.dtype == torch.float64 else 1e-5)
-        q = self.linear.solve(working, cotangent, relative * norm(cotangent)).q
         exact = problem.double() or problem
         linear_loss = LossOracle(_Pairing(cotangent.to(exact.dtype)), x, problem.shape)
-        shared = working if exact is problem else None
-        result = estimate(Point(exact, linear_loss, x.to(exact.dtype), shared), q.to(exact.dtype))
+        refiner = Refiner(problem, linear_loss, self.lower, self.linear)
+        point = refiner.point(x)
+        q = self.linear.solve(point.working, cotangent, relative * norm(cotangent)).q
+        result = estimate(point, q.to(exact.dtype))
         bound = float("inf")
         if result.bounds:
             bound = float(result.best(tuple(result.bounds))[0].sum())

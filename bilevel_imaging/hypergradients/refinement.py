@@ -40,42 +40,39 @@ class Refiner:
     def solve(self, x0: Tensor | None, q0: Tensor | None, error_tol: Tensor | float, residual_tol: Tensor) -> Estimate:
         """Both solves from scratch at fixed accuracies, then one evaluation."""
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
-        point, working = self.point(self.lower_solution.x)
+        point = self.point(self.lower_solution.x)
         rhs = self.loss.grad(self.lower_solution.x)
-        self.linear_solution = self.linear.solve(working, rhs, residual_tol, q0=q0)
+        self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
         return estimate(point, self.linear_solution.q.to(self.exact.dtype))
 
-    def point(self, x: Tensor):
-        """The point in the evaluation dtype, and a linearization there in the solver's dtype."""
+    def point(self, x: Tensor) -> Point:
+        """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
         if self.exact is self.problem:
-            point = Point(self.exact, self.loss, x)
-            return point, point.linearization
-        return Point(self.exact, self.loss, x.to(self.exact.dtype)), self.problem.linearize(x.to(self.problem.dtype))
+            return Point(self.exact, self.loss, x)
+        working = self.problem.linearize(x.to(self.problem.dtype))
+        return Point(self.exact, self.loss, x.to(self.exact.dtype), working)
 
-    def newton_step(self, point: Point, factor: Tensor | float):
-        """x + s with H s = -G solved to ``factor`` of ||G||; samples whose gradient does not shrink are solved by
-        the globally convergent Newton-CG instead. Returns (new point, working linearization)."""
-        working = point.linearization
-        if self.exact is not self.problem:
-            working = self.problem.linearize(point.x.to(self.problem.dtype))
+    def newton_step(self, point: Point, factor: Tensor | float) -> Point:
+        """The point x + s with H s = -G solved to ``factor`` of ||G||; samples whose gradient does not shrink are
+        solved by the globally convergent Newton-CG instead."""
         rhs = -point.gradient
         tol = self._attainable(factor * norm(rhs), rhs)
-        step = self.newton_solver.solve(working, rhs.to(self.problem.dtype), tol.to(self.problem.dtype))
+        step = self.newton_solver.solve(point.working, rhs.to(self.problem.dtype), tol.to(self.problem.dtype))
         x = point.x + step.q.to(point.x.dtype)
-        new, new_working = self.point(x)
+        new = self.point(x)
         worse = new.measured_grad_norm > 0.9 * point.measured_grad_norm
         worse &= point.measured_grad_norm > 4 * point.rounding
         if not bool(worse.any()):
-            return new, new_working
+            return new
         target = torch.where(worse, 0.3 * point.distance, torch.full_like(point.distance, torch.inf))
         if not bool(torch.isfinite(target[worse]).all()):
-            return point, working
+            return point
         # restart the failed samples from the old point; the others are accepted as they are
         start = torch.where(per_sample(worse, x), point.x, x)
         solution = NewtonCG().solve(self.exact, start, target.to(x.dtype))
         return self.point(solution.x)
 
-    def solve_lower(self, point: Point, error_tol: Tensor):
+    def solve_lower(self, point: Point, error_tol: Tensor) -> Point:
         """Continue the user's lower-level solver to ``error_tol`` ``(B,)``; Newton corrections below its floor."""
         mu = point.constants.strong_convexity
         floor = 4 * self.problem.gradient_rounding(point.x.to(self.problem.dtype)).double() / mu
@@ -88,11 +85,12 @@ class Refiner:
         self.lower_solution = solution
         return self.point(solution.x)
 
-    def correct_adjoint(self, point: Point, working, q: Tensor, residual_tol: Tensor) -> Tensor:
+    def correct_adjoint(self, point: Point, q: Tensor, residual_tol: Tensor) -> Tensor:
         """q + c with H c = grad f - H q solved to ``residual_tol`` ``(B,)`` by the user's linear solver."""
         residual = point.loss_grad - point.linearization.hvp(q)
         residual_tol = self._attainable(residual_tol.to(residual.dtype), residual)
-        solution = self.linear.solve(working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
+        solution = self.linear.solve(
+            point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
         if self.linear_solution is not None:
             solution = replace(solution, iterations=solution.iterations + self.linear_solution.iterations)
         self.linear_solution = solution
@@ -113,21 +111,19 @@ class Refiner:
             names: the certificates in force.
         """
         _, parts, _ = current.best(names)
-        point, working = current.point, None
+        point = current.point
         lower_part = parts.lower + parts.remainder
         needed = LOWER_SHARE * goal / lower_part.clamp(min=1e-300)
         if newton or bool((needed < 1).any()):
             factor = needed.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
             if newton:
-                point, working = self.newton_step(point, factor)
+                point = self.newton_step(point, factor)
             else:
                 error_tol = torch.where(needed < 1, point.distance * factor, point.distance * (1 + 1e-6))
-                point, working = self.solve_lower(point, error_tol)
-        if working is None:
-            _, working = self.point(point.x) if self.exact is not self.problem else (None, point.linearization)
+                point = self.solve_lower(point, error_tol)
         mu = point.constants.strong_convexity.double()
         wanted = LINEAR_SHARE * goal * mu / point.mixed_norm.double().clamp(min=1e-300)
         # solving the adjoint far below what the lower-level error does to it would be wasted
         useless = 0.2 * (float(point.loss.smoothness) + current.hessian) * point.distance
-        q = self.correct_adjoint(point, working, current.q, torch.maximum(wanted, useless))
+        q = self.correct_adjoint(point, current.q, torch.maximum(wanted, useless))
         return estimate(point, q)

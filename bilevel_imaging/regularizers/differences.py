@@ -26,16 +26,23 @@ def forward_differences(x: Tensor) -> Tensor:
     return z
 
 
-def differences_adjoint(p: Tensor) -> Tensor:
-    """D^T p, ``(2, ..., H, W)`` to ``(..., H, W)``; p must be 0 where D x is (last column, last row)."""
+def divergence(p: Tensor) -> Tensor:
+    """-D^T p by backward differences, ``(2, ..., H, W)`` to ``(..., H, W)``.
+
+    p must be 0 where D x is (last column of the first, last row of the second).
+    """
     horizontal, vertical = p[0], p[1]
     if torch.is_grad_enabled():
-        shifted = pad(horizontal[..., :-1], (1, 0)) + pad(vertical[..., :-1, :], (0, 0, 1, 0))
-        return shifted - horizontal - vertical
-    out = torch.add(horizontal, vertical).neg_()
-    out[..., 1:] += horizontal[..., :-1]
-    out[..., 1:, :] += vertical[..., :-1, :]
+        return horizontal + vertical - pad(horizontal[..., :-1], (1, 0)) - pad(vertical[..., :-1, :], (0, 0, 1, 0))
+    out = torch.add(horizontal, vertical)
+    out[..., 1:] -= horizontal[..., :-1]
+    out[..., 1:, :] -= vertical[..., :-1, :]
     return out
+
+
+def differences_adjoint(p: Tensor) -> Tensor:
+    """D^T p; see :func:`divergence`."""
+    return -divergence(p)
 
 
 def squared_operator_norm(height: int, width: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, NewtonModel
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
-from bilevel_imaging.regularizers.differences import differences_adjoint, forward_differences, squared_operator_norm
+from bilevel_imaging.regularizers.differences import differences_adjoint, divergence, forward_differences, squared_operator_norm
 
 # phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2), sup |d^2/dt^2 of d phi'/d log nu| = X2 / nu^2
 M3 = 48 / (25 * math.sqrt(5))
@@ -86,7 +86,7 @@ class TotalVariation(Regularizer):
         weight, smoothing = self._parameters_like(x)
         z = forward_differences(x)
         s = (self._group(z * z) + smoothing * smoothing).sqrt()
-        return weight * differences_adjoint(z / s)
+        return divergence(z * (-weight / s))
 
     def linearize(self, x: Tensor) -> Linearization:
         with torch.no_grad():
@@ -137,11 +137,14 @@ class TotalVariationLinearization(Linearization):
         self.reciprocal = squared.add_(self.smoothing * self.smoothing).rsqrt_() if regularizer.isotropic else None
         if self.reciprocal is None:
             self.reciprocal = (z * z).add_(self.smoothing * self.smoothing).rsqrt_()
+        self.scale = -self.weight * self.reciprocal  # the signs of D^T = -div and the weight, folded in once
+        self.grad = divergence(self.scale * z)
         self.unit = z.mul_(self.reciprocal)
-        self.grad = self.weight * differences_adjoint(self.unit)
 
     def hvp(self, v: Tensor) -> Tensor:
-        return self.weight * differences_adjoint(self._curvature(forward_differences(v)))
+        dv = forward_differences(v)
+        along = self.regularizer._group(self.unit * dv)
+        return divergence(dv.addcmul_(self.unit, along, value=-1).mul_(self.scale))
 
     def _curvature(self, dv: Tensor) -> Tensor:
         """phi''(Dx) dv, in place."""
@@ -240,7 +243,9 @@ class TotalVariationLinearization(Linearization):
         other.regularizer, other.weight, other.smoothing = self.regularizer, self.weight, self.smoothing
         other.shape = torch.Size((len(index), *self.shape[1:]))
         other.constants = self.constants.subset(index)
-        other.reciprocal, other.unit = self.reciprocal[:, index], self.unit[:, index]
+        other.reciprocal, other.unit, other.scale = (
+            field[:, index] for field in (self.reciprocal, self.unit, self.scale)
+        )
         other.grad = self.grad[index]
         return other
 
@@ -263,16 +268,14 @@ class PrimalDualModel(NewtonModel):
     """
 
     def __init__(self, linearization: TotalVariationLinearization, dual: Tensor):
-        self.at, self.dual = linearization, dual
+        self.at, self.dual, self.half = linearization, dual, 0.5 * dual
         self.group = linearization.regularizer._group
 
     def hvp(self, v: Tensor) -> Tensor:
-        at = self.at
-        dv = forward_differences(v)
-        along_unit = self.group(at.unit * dv).mul_(0.5)
-        along_dual = self.group(self.dual * dv).mul_(0.5)
-        dv.addcmul_(self.dual, along_unit, value=-1).addcmul_(at.unit, along_dual, value=-1)
-        return differences_adjoint(dv.mul_(at.reciprocal)).mul_(at.weight)
+        at, dv = self.at, forward_differences(v)
+        along_unit, along_half = self.group(at.unit * dv), self.group(self.half * dv)
+        dv.addcmul_(self.half, along_unit, value=-1).addcmul_(at.unit, along_half, value=-1)
+        return divergence(dv.mul_(at.scale))
 
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         at = self.at

@@ -26,7 +26,7 @@ MAX_BATCH = 8
 # usual smoothings is better depends on the images (by 0.2 dB on the bundled ones), so the training images decide.
 BASELINE_SMOOTHINGS = (0.01, 0.001)
 GRID = tuple(10 ** (-4 + k / 3) for k in range(16))  # 1e-4 to 10
-REFINEMENTS = 7  # further weights between the two neighbors of the best one
+REFINEMENTS = 6  # further weights between the two neighbors of the best one; even, to leave out the best itself
 
 
 def image_metrics(x: Tensor, x_true: Tensor) -> dict[str, list[float]]:

@@ -1,0 +1,1 @@
+"""Experiments that scripts and notebooks share: one file each."""
