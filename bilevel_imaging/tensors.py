@@ -23,12 +23,9 @@ def squared_norm(a: Tensor) -> Tensor:
 def norm(a: Tensor) -> Tensor:
     """Euclidean norm of every sample, ``(B, *image)`` to ``(B,)``.
 
-    Scaled by the largest entry, so that images of size 1e-30 in float32 keep their norm instead of underflowing.
+    Squares are summed in float64, so that float32 images of size 1e-30 keep their norm instead of underflowing.
     """
-    flat = a.flatten(1)
-    scale = flat.abs().amax(1)
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale * (flat / safe.unsqueeze(1)).square().sum(1).sqrt()
+    return torch.linalg.vector_norm(a.flatten(1), dim=1, dtype=torch.float64).to(a.dtype)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

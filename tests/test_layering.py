@@ -9,14 +9,14 @@ import bilevel_imaging
 
 ROOT = Path(bilevel_imaging.__file__).parent
 LAYERS = [
-    {"_version", "tensors", "errors", "cost", "derivatives"},
+    {"_version", "tensors", "errors", "cost", "derivatives", "kernels"},
     {"regularizers", "energies"},
     {"lower_solvers", "linear_solvers"},
     {"certificates"},
     {"hypergradients"},
     {"upper_level"},
     {"data", "training", "experiments"},
-    {"cli", "config", "export", "__init__"},
+    {"cli", "config", "export", "assembly", "training_run", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # inside a layer there is an order too, where one would otherwise be possible both ways

@@ -22,14 +22,12 @@ class DataTerm(abc.ABC):
         lowest: lambda_min(A^T A), ``(B,)`` float64; a lower bound.
         highest: ||A||^2, ``(B,)`` float64; an upper bound, or ``None`` if not known.
         applications: applications of A or A^T in one gradient or Hessian product.
-        inexact: relative uncertainty of the operator itself (0 when its entries are exact in the given dtype).
     """
 
     lowest: Tensor
     highest: Tensor | None
     shape: torch.Size
     applications = 0
-    inexact = 0.0
 
     @abc.abstractmethod
     def value(self, x: Tensor) -> Tensor:
@@ -161,17 +159,18 @@ class MaskTerm(DataTerm):
 
 
 class CirculantTerm(DataTerm):
-    """A = circular convolution, diagonal in the Fourier basis; ``filter64`` is (1 or B, 1 or C, h, w) float64."""
+    """A = circular convolution, diagonal in the Fourier basis.
+
+    Args:
+        y: ``(B, C, H, W)``.
+        transfer: rfft2 of the impulse response, complex128, broadcastable to ``(B, C, H, W // 2 + 1)``. It is computed
+            in float64 from the numbers that the filter stores, whatever its dtype: those define the operator.
+    """
 
     applications = 2
 
-    def __init__(self, y: Tensor, transfer: Tensor, *, inexact: float):
-        """Args:
-        y: ``(B, C, H, W)``.
-        transfer: rfft2 of the impulse response, complex128, broadcastable to ``(B, C, H, W // 2 + 1)``.
-        inexact: relative uncertainty of the filter (its unit roundoff when it was stored in float32).
-        """
-        self.y, self.inexact = y, inexact
+    def __init__(self, y: Tensor, transfer: Tensor):
+        self.y = y
         self.transfer64 = transfer.expand(*y.shape[:2], *transfer.shape[-2:])
         self.transfer = self.transfer64.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
         self.shape = y.shape
@@ -201,10 +200,10 @@ class CirculantTerm(DataTerm):
         return self._filter(1 / (self.power + 0.05), self.aty)  # Wiener filter for about 5 % noise power
 
     def subset(self, index: Tensor) -> DataTerm:
-        return CirculantTerm(self.y[index], self.transfer64[index], inexact=self.inexact)
+        return CirculantTerm(self.y[index], self.transfer64[index])
 
     def double(self) -> DataTerm:
-        return CirculantTerm(self.y.double(), self.transfer64, inexact=self.inexact)
+        return CirculantTerm(self.y.double(), self.transfer64)
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         size = self.highest * x.double().flatten(1).norm(dim=1)
@@ -291,22 +290,22 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
                 "build BlurFFT with img_size=y.shape[1:]."
             )
         transfer = deepinv.physics.functional.filter_fft(physics.filter.double(), tuple(y.shape[-2:]), real_fft=True)
-        return _circulant(y, transfer, physics.filter)
+        return _circulant(y, transfer)
     if kind is Blur and physics.padding == "circular":
         delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)
         delta[..., 0, 0] = 1
         delta = delta.expand(physics.filter.shape[0], -1, -1, -1)
         kernel = physics.filter.double()
         response = deepinv.physics.functional.conv2d(delta, filter=kernel, padding="circular")
-        return _circulant(y, torch.fft.rfft2(response), physics.filter)
+        return _circulant(y, torch.fft.rfft2(response))
     if isinstance(physics, LinearPhysics):
         return GenericTerm(y, physics)
     raise ValueError(f"Expected a linear deepinv physics. Got {kind.__name__}, which is not a LinearPhysics.")
 
 
-def _circulant(y: Tensor, transfer: Tensor, stored: Tensor) -> CirculantTerm:
+def _circulant(y: Tensor, transfer: Tensor) -> CirculantTerm:
     _check_broadcast(transfer[..., :1, :1], y[..., :1, :1], "filter")
-    return CirculantTerm(y, transfer, inexact=torch.finfo(stored.dtype).eps / 2)
+    return CirculantTerm(y, transfer)
 
 
 def _check_broadcast(parameter: Tensor, y: Tensor, name: str) -> None:

@@ -84,8 +84,8 @@ class LowerLevelProblem(abc.ABC):
         return 8 * unit * x.flatten(1).norm(dim=1)
 
     def input_uncertainty(self, x: Tensor) -> Tensor:
-        """Change of ``grad(x)`` when operators and parameters that were stored in float32 are off by half a unit of
-        the last place, ``(B,)``; the data y count as exact."""
+        """Change of ``grad(x)`` when parameters that were stored in float32 are off by half a unit of the last place,
+        ``(B,)``; data and operators count as exact: the numbers that they store define the problem."""
         return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
 
     @property

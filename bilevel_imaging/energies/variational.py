@@ -80,7 +80,7 @@ class VariationalEnergy(nn.Module):
 
 
 class VariationalProblem(LowerLevelProblem):
-    """B problems ``min_x 1/2 ||A_i x - y_i||^2 + R(x; theta) + ridge/2 ||x||^2``; made by :meth:`VariationalEnergy.bind`."""
+    """B problems ``min_x 1/2 ||A_i x - y_i||^2 + R(x; theta) + ridge/2 ||x||^2``, made by ``VariationalEnergy.bind``."""
 
     def __init__(self, energy: VariationalEnergy, data: DataTerm, dtype: torch.dtype, cost: Cost):
         self.energy, self.data, self.cost = energy, data, cost
@@ -156,12 +156,11 @@ class VariationalProblem(LowerLevelProblem):
         return 4 * torch.finfo(self.dtype).eps * scale
 
     def input_uncertainty(self, x: Tensor) -> Tensor:
-        change = self.data.inexact * self.data.gradient_scale(x)
-        return change + self._parameter_uncertainty * self.regularizer.gradient_scale(x)
+        return self._parameter_uncertainty * self.regularizer.gradient_scale(x)
 
     @property
     def relative_uncertainty(self) -> float:
-        return self.data.inexact + self._parameter_uncertainty
+        return self._parameter_uncertainty
 
     @property
     def _parameter_uncertainty(self) -> float:

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import deepinv
@@ -17,6 +18,9 @@ from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient, hypergradient
 from bilevel_imaging.regularizers import TotalVariation
 from bilevel_imaging.upper_level import SquaredError
+
+UNROLLED_STEPS = (30, 60, 120)
+BASELINE = "unrolled 60 steps, autograd"
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,34 @@ class Result:
     mixed_products: float
 
 
-def plain_unrolling(energy: VariationalEnergy, x_true: Tensor, y: Tensor, steps: int) -> dict[str, Tensor]:
+def _value(z: Tensor, y: Tensor, weight: Tensor, smoothing: Tensor) -> Tensor:
+    dx = torch.nn.functional.pad(z[..., 1:] - z[..., :-1], (0, 1))
+    dy = torch.nn.functional.pad(z[..., 1:, :] - z[..., :-1, :], (0, 0, 0, 1))
+    return 0.5 * ((z - y) ** 2).sum() + weight * torch.sqrt(dx * dx + dy * dy + smoothing * smoothing).sum()
+
+
+def _autograd_gradient(z: Tensor, y: Tensor, weight: Tensor, smoothing: Tensor) -> Tensor:
+    leaf = z if z.requires_grad else z.detach().requires_grad_(True)
+    return torch.autograd.grad(_value(leaf, y, weight, smoothing), leaf, create_graph=True)[0]
+
+
+def _written_gradient(z: Tensor, y: Tensor, weight: Tensor, smoothing: Tensor) -> Tensor:
+    dx = torch.nn.functional.pad(z[..., 1:] - z[..., :-1], (0, 1))
+    dy = torch.nn.functional.pad(z[..., 1:, :] - z[..., :-1, :], (0, 0, 0, 1))
+    length = torch.sqrt(dx * dx + dy * dy + smoothing * smoothing)
+    px, py = dx / length, dy / length
+    transposed = torch.nn.functional.pad(px[..., :-1], (1, 0)) - px
+    transposed = transposed + torch.nn.functional.pad(py[..., :-1, :], (0, 0, 1, 0)) - py
+    return z - y + weight * transposed
+
+
+def plain_unrolling(
+    energy: VariationalEnergy, x_true: Tensor, y: Tensor, steps: int, gradient: Callable[..., Tensor]
+) -> dict[str, Tensor]:
     """What one writes without this package: accelerated gradient steps recorded by autograd, then ``backward``.
 
-    The step is 1 / (1 + 8 weight / smoothing), the momentum that of Nesterov for strongly convex functions.
+    ``gradient`` is that of the energy by autograd, which is what needs no formula, or written out by hand. The step is
+    1 / (1 + 8 weight / smoothing), the momentum that of Nesterov for strongly convex functions.
     """
     regularizer = energy.regularizer
     weight, smoothing = regularizer.log_weight.exp().to(y.dtype), regularizer.log_smoothing.exp().to(y.dtype)
@@ -87,13 +115,7 @@ def plain_unrolling(energy: VariationalEnergy, x_true: Tensor, y: Tensor, steps:
     momentum = (smoothness**0.5 - 1) / (smoothness**0.5 + 1)
     x = z = y
     for _ in range(steps):
-        dx = torch.nn.functional.pad(z[..., 1:] - z[..., :-1], (0, 1))
-        dy = torch.nn.functional.pad(z[..., 1:, :] - z[..., :-1, :], (0, 0, 0, 1))
-        length = torch.sqrt(dx * dx + dy * dy + smoothing * smoothing)
-        px, py = dx / length, dy / length
-        transposed = torch.nn.functional.pad(px[..., :-1], (1, 0)) - px
-        transposed = transposed + torch.nn.functional.pad(py[..., :-1, :], (0, 0, 1, 0)) - py
-        ahead = z - (z - y + weight * transposed) / smoothness
+        ahead = z - gradient(z, y, weight, smoothing) / smoothness
         x, z = ahead, ahead + momentum * (ahead - x)
     loss = 0.5 * ((x - x_true) ** 2).sum() / len(y)
     names = list(energy.theta)
@@ -101,13 +123,15 @@ def plain_unrolling(energy: VariationalEnergy, x_true: Tensor, y: Tensor, steps:
 
 
 def run(workload: Workload, *, repeats: int = 7, relatives: tuple[float, ...] = (0.5, 0.1, 0.01)) -> dict[str, Any]:
-    """All methods in turn, ``repeats`` times after one warm-up; medians. Returns the record that is saved as JSON."""
+    """All methods, each ``repeats`` times after one warm-up; medians. Returns the record that is saved as JSON."""
     energy, x_true, y = workload.build()
     reference = _reference(workload)
-    unrolled_steps = (30, 60, 120, 240)
-    methods: dict[str, Callable[[], Any]] = {
-        f"unrolled, {k} accelerated steps": lambda k=k: plain_unrolling(energy, x_true, y, k) for k in unrolled_steps
-    }
+    methods: dict[str, Callable[[], Any]] = {}
+    for steps in UNROLLED_STEPS:
+        for kind, gradient in (("autograd", _autograd_gradient), ("hand-written", _written_gradient)):
+            methods[f"unrolled {steps} steps, {kind} gradient"] = partial(
+                plain_unrolling, energy, x_true, y, steps, gradient
+            )
     for eta in relatives:
         methods[f"certified, relative={eta:g}"] = lambda eta=eta: hypergradient(
             energy.bind(y, deepinv.physics.Denoising()), SquaredError(), x_true, relative=eta
@@ -115,11 +139,10 @@ def run(workload: Workload, *, repeats: int = 7, relatives: tuple[float, ...] = 
     methods["polished, error_tol=0.01"] = lambda: hypergradient(
         energy.bind(y, deepinv.physics.Denoising()), SquaredError(), x_true, error_tol=0.01, certificate="polished"
     )
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    outputs = {name: method() for name, method in methods.items()}
-    for _ in range(repeats):
-        for name, method in methods.items():
-            seconds[name].append(_timed(method, workload.device))
+    outputs, seconds = {}, {}
+    for name, method in methods.items():  # one method at a time: each finds the memory that its own last run freed
+        outputs[name] = method()
+        seconds[name] = [_timed(method, workload.device) for _ in range(repeats)]
     results = [_result(name, _median(seconds[name]), outputs[name], reference, len(y)) for name in methods]
     return {
         "workload": asdict(workload),
@@ -173,7 +196,7 @@ def _result(name: str, seconds: float, output: Any, reference: Hypergradient, ba
         bound: float | None = output.relative_bound
         counts = (cost.gradients / batch, cost.hvps / batch, cost.mixed_products / batch)
     else:
-        steps = float(name.split(",")[1].split()[0])
+        steps = float(name.split()[1])
         error, bound, counts = float((_flat(output) - true).norm() / true.norm()), None, (steps, steps, steps)
     return Result(name, seconds, error, bound, *counts)
 
@@ -192,15 +215,15 @@ def environment(device: str) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """The record as a text table; seconds relative to 60 unrolled steps."""
     rows = record["results"]
-    base = next(r["seconds"] for r in rows if r["name"].startswith("unrolled, 60 "))
+    base = next(r["seconds"] for r in rows if r["name"].startswith(BASELINE))
     lines = [
-        f"{'method':34s} {'time/unrolled 60':>16s} {'seconds':>8s} {'true error':>11s} {'own bound':>10s} "
+        f"{'method':41s} {'time/unrolled 60':>16s} {'seconds':>8s} {'true error':>11s} {'own bound':>10s} "
         f"{'grads':>6s} {'HVPs':>6s} {'mixed':>6s}   (work per image; unrolling: one reverse sweep per step)"
     ]
     for r in rows:
         bound = "none" if r["bound"] is None else f"{r['bound']:.2e}"
         lines.append(
-            f"{r['name']:34s} {r['seconds'] / base:16.2f} {r['seconds']:8.3f} {r['error']:11.2e} {bound:>10s} "
+            f"{r['name']:41s} {r['seconds'] / base:16.2f} {r['seconds']:8.3f} {r['error']:11.2e} {bound:>10s} "
             f"{r['gradients']:6.0f} {r['hvps']:6.0f} {r['mixed_products']:6.0f}"
         )
     certificates = ", ".join(f"{name} {value:.2e}" for name, value in record["bounds_by_certificate"].items())

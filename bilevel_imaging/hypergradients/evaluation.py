@@ -204,9 +204,31 @@ def _gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     return {name: g.reshape(p.shape).to(p.dtype) for (name, p), g in zip(theta.items(), pieces, strict=True)}
 
 
+def _directional(point: Point, q: Tensor) -> Directional | None:
+    """Constants along q, evaluated in the dtype of the data: upper bounds need no more than that, if rounded up."""
+    working = point.working
+    if working is point.linearization:
+        return working.directional(q, point.distance.to(q.dtype))
+    dtype = working.grad.dtype
+    unit = torch.finfo(dtype).eps
+    # the working point is x rounded: no pixel moved by more than this, so the ball around it holds that around x
+    moved = unit * norm(point.x).double()
+    along = working.directional(q.to(dtype), ((point.distance + moved) * (1 + 4 * unit)).to(dtype))
+    if along is None:
+        return None
+    # relative errors are a few units of the last place, times the power (at most 5) in which a length enters
+    up = 1 + 1e-4
+    components = along.mixed_components
+    return Directional(
+        along.hessian.double() * up,
+        along.mixed.double() * up,
+        None if components is None else components.double() * up,
+    )
+
+
 def _along(point: Point, q: Tensor, q_norm: Tensor) -> tuple[Tensor, Directional | None]:
     """Lambda_H(q) on the ball, from the linearization or from the global constant."""
-    along = point.linearization.directional(q, point.distance.to(q.dtype))
+    along = _directional(point, q)
     if along is None:
         return point.constants.hessian_lipschitz.double() * q_norm, None
     return along.hessian.double(), along

@@ -52,7 +52,7 @@ class BilevelReconstructor(deepinv.models.Reconstructor):
         linear: solver of the adjoint systems; ``None`` for conjugate gradients.
         error_tol: certified distance asked for, in the units of x; ``None`` for nearly all that the dtype holds
             (1e-12 of ||x|| in float64, 1e-5 in float32).
-        residual_tol: adjoint accuracy relative to the incoming cotangent; ``None`` for 1e-10 in float64, 1e-5 in float32.
+        residual_tol: adjoint accuracy relative to the incoming cotangent; ``None`` for 1e-10 (float64), 1e-5 (float32).
 
     The last certificate is at ``.certificate``. A backward without certificate warns once, in words.
     """

@@ -90,7 +90,8 @@ class Refiner:
         residual = point.loss_grad - point.linearization.hvp(q)
         residual_tol = self._attainable(residual_tol.to(residual.dtype), residual)
         solution = self.linear.solve(
-            point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
+            point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype)
+        )
         if self.linear_solution is not None:
             solution = replace(solution, iterations=solution.iterations + self.linear_solution.iterations)
         self.linear_solution = solution

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.lower_solvers import AcceleratedGradient, GradientDescent, HeavyBall
 from bilevel_imaging.tensors import per_sample
 
-UNROLLED_METHODS = {
+UNROLLED_METHODS: dict[str, Any] = {
     "gradient_descent": GradientDescent,
     "heavy_ball": HeavyBall,
     "accelerated_gradient": AcceleratedGradient,

@@ -60,6 +60,11 @@ class Systems:
         for f in fields(self):
             getattr(self, f.name)[index] = getattr(part, f.name)
 
+    def goes_on(self, max_iter: int) -> bool:
+        """Whether every sample is running, above its target and below its limit (a comparison with NaN is false)."""
+        above = (self.residual > self.target) & (self.residual < torch.inf) & (self.iterations < max_iter)
+        return bool((above & (self.status == RUNNING)).all())
+
     def settle(self, max_iter: int) -> None:
         """Mark the running samples that have reached their target, their limit, or something not finite."""
         running = self.status == RUNNING
@@ -102,8 +107,11 @@ class Recurrence(abc.ABC):
     """The vectors of one method; every tensor attribute has the samples of the working batch in front.
 
     ``step`` advances ``systems.q``, ``.r`` and ``.residual`` of the ``running`` samples with one product and leaves
-    the bits of the other iterates alone.
+    the bits of the other iterates alone. ``everyone`` says that all samples run (known on the CPU only, where it is
+    free to ask): masks can be left out then.
     """
+
+    everyone = False
 
     def __init__(self, operator: Operator, systems: Systems):
         self.systems = systems
@@ -190,11 +198,12 @@ class IterativeSolver(LinearSolver):
 def iterate(recurrence: type[Recurrence], operator: Operator, systems: Systems, max_iter: int) -> None:
     """Advance the running samples of ``systems`` until each has stopped; the batch shrinks when half of it has."""
     work, index, state = systems, None, None
-    every = 1 if systems.q.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
-    can_shrink = True
+    on_cpu = systems.q.device.type == "cpu"
+    can_shrink, unchanged = True, False
     for step in itertools.count():
-        running = work.status == RUNNING
-        if step % every == 0:
+        if not unchanged:
+            running = work.status == RUNNING
+        if not unchanged and (on_cpu or step % _STEPS_BETWEEN_CHECKS == 0):
             count = int(running.sum())
             if count == 0:
                 break
@@ -211,9 +220,13 @@ def iterate(recurrence: type[Recurrence], operator: Operator, systems: Systems, 
                         state.take(kept, work)
         if state is None:
             state = recurrence(operator, work)
+        state.everyone = on_cpu and count == running.shape[0]
         state.step(operator, running)
         work.iterations += running
-        work.settle(max_iter)
+        # where it costs no wait for a device: nothing to mark as long as every sample goes on
+        unchanged = state.everyone and work.goes_on(max_iter)
+        if not unchanged:
+            work.settle(max_iter)
     if index is not None:
         systems.put(index, work)
 

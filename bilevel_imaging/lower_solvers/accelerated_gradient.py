@@ -83,7 +83,7 @@ class AcceleratedGradient(IterativeSolver):
         if self.restart or not run.knows_strong_convexity:
             uphill = state["restarts"] & (inner(g, advance) > 0)
             state["t"] = torch.where(uphill, 1.0, state["t"])
-        state["t"], momentum = momentum_step(state["t"], (state["mu"] / state["L"]).clamp(max=1))
+        state["t"], momentum = momentum_step(state["t"], (state["mu"] / state["L"]).clamp(max=1))  # type: ignore[assignment]
         state["x"] = x_next
         return torch.addcmul(x_next, per_sample(momentum, z), advance)
 

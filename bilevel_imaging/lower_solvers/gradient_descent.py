@@ -49,7 +49,7 @@ class GradientDescent(IterativeSolver):
         start_smoothness(run, state)
         known = (run.strong_convexity > 0) & ~state["estimated"]
         # mu = L gives the step 1 / L: safe where 2 / (L + mu) relies on something not known
-        state["step"], _ = schedule(torch.where(known, run.strong_convexity, state["L"]), state["L"], 0)
+        state["step"], _ = schedule(torch.where(known, run.strong_convexity, state["L"]), state["L"], 0)  # type: ignore[assignment]
         return state
 
     def _propose(self, run: Run, state: State) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.derivatives import Linearization, NewtonModel
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.linear_solvers._iteration import Preconditioner
@@ -142,14 +141,16 @@ class NewtonCG(LowerSolver):
         forcing = (state.size / state.first_size).sqrt().clamp(max=_LARGEST_FORCING)
         tol = torch.maximum(forcing * state.size, _OVERSOLVE * state.target)
         tol = torch.where(running, tol, 0.0)  # a finished sample may have 0/0 or NaN here
-        rhs = torch.where(per_sample(running, state.grad), -state.grad, 0.0)
+        rhs = -state.grad
+        if not bool(running.all()):
+            rhs = torch.where(per_sample(running, rhs), rhs, 0.0)
         model = None if state.memory is None else linearization.newton_model(state.memory)
         operator = linearization if model is None else _Model(linearization, model)
         d = self.inner_solver._solve(operator, rhs, tol, check=False).q
         slope = inner(state.grad, d)
         # without a descent direction (a Hessian that rounding made indefinite) fall back to the gradient
         descends = slope < 0
-        d = torch.where(per_sample(descends | ~running, d), d, rhs)
+        d = _replace(descends | ~running, d, rhs)
         slope = torch.where(descends | ~running, slope, -state.size.square())
         if not known:
             # <d, H d> = -<G, d> for the iterates of conjugate gradients
@@ -193,8 +194,8 @@ def _start(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor, cold: bool)
         grad=grad,
         size=size,
         best_x=x.clone(),
-        best_size=size,
-        first_size=size,
+        best_size=size.clone(),
+        first_size=size.clone(),
         curvature=curvature,
         error_tol=error_tol,
         status=zero,
@@ -249,15 +250,22 @@ def _line_search(
 
 def _accept(state: _State, x: Tensor, grad: Tensor, size: Tensor, running: Tensor) -> None:
     """Update points and records of the running samples; the others were evaluated where they are."""
-    state.x = torch.where(per_sample(running, x), x, state.x)
-    state.grad = torch.where(per_sample(running, x), grad, state.grad)
+    state.x = _replace(running, x, state.x)
+    state.grad = _replace(running, grad, state.grad)
     state.size = torch.where(running, size, state.size)
     # near the floor, tiny records come up by chance for a long time: they don't count as progress
     progress = size <= _RECORD_FRACTION * state.best_size
     state.idle = torch.where(progress, 0, state.idle + 1)
     record = running & (size < state.best_size)
-    state.best_x = torch.where(per_sample(record, x), x, state.best_x)
+    state.best_x = _replace(record, x, state.best_x)
     state.best_size = torch.where(record, size, state.best_size)
+
+
+def _replace(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where the mask is set; without a pass over the images when it is set everywhere."""
+    if mask.device.type == "cpu" and bool(mask.all()):
+        return new
+    return torch.where(per_sample(mask, new), new, old)
 
 
 def _settle(problem: LowerLevelProblem, state: _State, max_iter: int) -> None:

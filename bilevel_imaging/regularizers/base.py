@@ -81,11 +81,15 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
 
     def hvp(self, x: Tensor, v: Tensor) -> Tensor:
         """Hessian-vector products of every sample, ``(B, C, H, W)``."""
-        return self.linearize(x).hvp(v)
+        linearization = self.linearize(x)
+        with torch.no_grad():
+            return linearization.hvp(v.detach())
 
     def mixed_vjp(self, x: Tensor, q: Tensor) -> dict[str, Tensor]:
         """d/dtheta <q, grad(x; theta)>, summed over the batch, by parameter name."""
-        return self.linearize(x).mixed_vjp(q)
+        linearization = self.linearize(x)
+        with torch.no_grad():
+            return linearization.mixed_vjp(q.detach())
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         """True bounds for images of this shape ``(B, C, H, W)``, each ``(B,)`` float64; ``None`` where unknown."""

@@ -68,6 +68,14 @@ class Tikhonov(Regularizer):
             *(None if b is None else torch.full((shape[0],), b, dtype=torch.float64, device=device) for b in bounds)
         )
 
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight, x = self.log_weight.exp().double(), x.detach().double()
+            if self.operator == "identity":
+                return weight * norm(x)
+            # differences cancel on smooth images: what is added up is Dx, not D^T D x
+            return weight * 8**0.5 * norm(forward_differences(x).transpose(0, 1))
+
 
 class _TikhonovLinearization(Linearization):
     def __init__(self, regularizer: Tikhonov, x: Tensor):

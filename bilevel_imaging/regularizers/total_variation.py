@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, NewtonModel
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
-from bilevel_imaging.regularizers.differences import differences_adjoint, divergence, forward_differences, squared_operator_norm
+from bilevel_imaging.regularizers.differences import (
+    differences_adjoint,
+    divergence,
+    forward_differences,
+    isotropic_curvature,
+    isotropic_primal_dual,
+    squared_operator_norm,
+    weighted_laplacian_bound,
+)
 
 # phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2), sup |d^2/dt^2 of d phi'/d log nu| = X2 / nu^2
 M3 = 48 / (25 * math.sqrt(5))
@@ -110,6 +119,11 @@ class TotalVariation(Regularizer):
         return Constants(*(torch.full((shape[0],), b, dtype=torch.float64, device=device) for b in bounds))
 
     @property
+    def is_plain(self) -> bool:
+        """Isotropic, channel by channel: the case with fused kernels."""
+        return self.isotropic and not self.couple_channels
+
+    @property
     def row_norm(self) -> float:
         """||D||_{2 -> inf} over the groups under one root: largest norm of the rows of one group."""
         return math.sqrt(3) if self.isotropic else math.sqrt(2)
@@ -142,6 +156,8 @@ class TotalVariationLinearization(Linearization):
         self.unit = z.mul_(self.reciprocal)
 
     def hvp(self, v: Tensor) -> Tensor:
+        if self.regularizer.is_plain:
+            return isotropic_curvature(v, self.unit, self.scale, self._work)
         dv = forward_differences(v)
         along = self.regularizer._group(self.unit * dv)
         return divergence(dv.addcmul_(self.unit, along, value=-1).mul_(self.scale))
@@ -150,6 +166,10 @@ class TotalVariationLinearization(Linearization):
         """phi''(Dx) dv, in place."""
         along = self.regularizer._group(self.unit * dv)
         return dv.addcmul_(self.unit, along, value=-1).mul_(self.reciprocal)
+
+    @cached_property
+    def _work(self) -> Tensor:
+        return self.unit.new_empty((2, *self.unit.shape))
 
     def _smoothing_field(self) -> Tensor:
         """d phi' / d log nu = -nu^2 z / s^3."""
@@ -178,18 +198,18 @@ class TotalVariationLinearization(Linearization):
     def directional(self, q: Tensor, radius: Tensor) -> Directional:
         """Localized: sup |phi'''| is taken over what each difference can become inside the ball."""
         dq = forward_differences(q)
-        norm2 = squared_operator_norm(self.shape[-2], self.shape[-1])
         length_q = self._lengths(dq)
         length = self._lengths(self.unit / self.reciprocal)
         reach = self.regularizer.row_norm * radius.reshape(1, -1, *([1] * (length.dim() - 2)))
         low, high = (length - reach).clamp_(min=0), length + reach
         nu = self.smoothing
 
-        def per_sample_max(a: Tensor) -> Tensor:
-            return a.transpose(0, 1).flatten(1).amax(1)
+        def largest(weights: Tensor, sweeps: int) -> Tensor:
+            # |<(H(x) - H) q, u>| <= sum weights_i |De|_i |Du|_i <= lambda_max(D^T diag(weights) D) |e| |u|
+            return self.weight * weighted_laplacian_bound((weights * length_q).expand((2, *self.shape)), sweeps)
 
         third = self._third_derivative(torch.minimum(torch.maximum(nu / 2, low), high))
-        hessian = self.weight * norm2 * per_sample_max(third * length_q)
+        hessian = largest(third, 2)
         components = []
         if self.regularizer.log_weight.requires_grad:
             slope = self.weight * differences_adjoint(self._curvature(dq.clone()))
@@ -197,7 +217,7 @@ class TotalVariationLinearization(Linearization):
         if self.regularizer.log_smoothing.requires_grad:
             slope = self.weight * differences_adjoint(self._smoothing_curvature(dq))
             fourth = torch.where(low >= nu / 2, (6 * nu**2 / (low**2 + nu**2) ** 2), X2 / nu**2).clamp_(max=X2 / nu**2)
-            remainder = self.weight * norm2 * per_sample_max(fourth * length_q)
+            remainder = largest(fourth, 1)  # multiplies a square of the radius: need not be sharp
             components.append(_norm(slope) + 0.5 * remainder * radius)
         stacked = torch.stack(components, 1) if components else q.new_zeros((self.shape[0], 0))
         return Directional(hessian, stacked.norm(dim=1), stacked)
@@ -272,10 +292,17 @@ class PrimalDualModel(NewtonModel):
         self.group = linearization.regularizer._group
 
     def hvp(self, v: Tensor) -> Tensor:
-        at, dv = self.at, forward_differences(v)
+        at = self.at
+        if at.regularizer.is_plain:
+            return isotropic_primal_dual(v, at.unit, self.half, at.scale, self._work)
+        dv = forward_differences(v)
         along_unit, along_half = self.group(at.unit * dv), self.group(self.half * dv)
         dv.addcmul_(self.half, along_unit, value=-1).addcmul_(at.unit, along_half, value=-1)
         return divergence(dv.mul_(at.scale))
+
+    @cached_property
+    def _work(self) -> Tensor:
+        return self.half.new_empty((3, *self.half.shape))
 
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         at = self.at

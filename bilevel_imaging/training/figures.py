@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -158,7 +159,7 @@ def _finish(axis: Axes, label: str, *, log: bool) -> None:
     """Labels, scale, grid and legend of one panel."""
     axis.set_xlabel("work (gradients + Hessian + mixed products)")
     axis.set_ylabel(label)
-    drawn = [y for line in axis.get_lines() for y in line.get_ydata()]
+    drawn = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata())]
     if log and any(y > 0 for y in drawn):
         axis.set_yscale("log")
     axis.grid(alpha=0.3)

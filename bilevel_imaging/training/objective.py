@@ -143,7 +143,7 @@ class BilevelObjective:
             result = average(*self._pass(chunks, bound_tol=0.9 * relative * result.norm), earlier=cost)
         return result
 
-    def _pass(self, chunks: list[_Chunk], **accuracy: float | None) -> tuple[list[Hypergradient], list[int]]:
+    def _pass(self, chunks: list[_Chunk], **accuracy: Any) -> tuple[list[Hypergradient], list[int]]:
         parts = []
         for chunk in chunks:
             part = hypergradient(

@@ -106,13 +106,13 @@ def clone(state: Any) -> Any:
 
 def rng_state() -> dict[str, Any]:
     """States of all global random number generators: PyTorch (CPU and, once used, CUDA), ``random``, NumPy."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else [],
         "python": [version, list(internal), gauss_next],
-        "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
     }
 
 

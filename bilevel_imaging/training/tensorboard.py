@@ -104,7 +104,7 @@ class TensorBoardLogger:
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flatten(config).items()}
         # What SummaryWriter.add_hparams(..., run_name=".") would write, without its second event file.
         for summary in hparams(plain, {"hparam/loss": 0.0, "hparam/val_psnr": 0.0}):
-            self._writer.file_writer.add_summary(summary)
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     def log_step(self, record: Mapping[str, Any], theta: Mapping[str, Tensor]) -> None:
         """Scalars of one step and every parameter with a single entry; the names are the record's."""

@@ -201,7 +201,8 @@ class MAID(UpperLevelMethod):
         error_tol = self.error_tol or self._first_error_tol(h)
         total = Cost()
         width = float("inf")
-        for refinement in range(MAX_TIGHTENINGS + 1):
+        refinement = 0
+        while True:
             value = objective.value(error_tol)
             total = total + value.cost
             verdict = self._compare(value, lower - needed, upper - needed) if certified else ""
@@ -213,10 +214,12 @@ class MAID(UpperLevelMethod):
                 self.error_tol = error_tol * (2 if spare else 1)
                 break
             narrower = value.upper - value.lower < 0.5 * width
-            if not narrower or value.upper - value.lower < 0.5 * (upper - lower):
+            enough = value.upper - value.lower < 0.5 * (upper - lower) or refinement == MAX_TIGHTENINGS
+            if enough or not narrower:
                 break  # a rounding floor, or what is left is the uncertainty of the old loss
             width = value.upper - value.lower
             error_tol *= TIGHTEN
+            refinement += 1
         value = CertifiedValue(value=value.value, lower=value.lower, upper=value.upper, cost=total)
         return _Trial(verdict, value, refinement)
 
