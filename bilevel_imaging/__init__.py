@@ -15,7 +15,9 @@ from bilevel_imaging import (
 from bilevel_imaging._version import __version__
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies import Constants, Linearization, LowerLevelProblem, QuadraticProblem, VariationalEnergy
+from bilevel_imaging.export import load_regularizer, reconstruct, save_regularizer
 from bilevel_imaging.hypergradients import BilevelReconstructor, Hypergradient, hypergradient, unrolled
+from bilevel_imaging.kernels import compile_kernels
 from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
 from bilevel_imaging.training import BilevelObjective, Trainer
 from bilevel_imaging.upper_level import MAID, FirstOrder, SquaredError, UpperLevelMethod
@@ -40,14 +42,18 @@ __all__ = [
     "VariationalEnergy",
     "__version__",
     "certificates",
+    "compile_kernels",
     "data",
     "energies",
     "errors",
     "hypergradient",
     "hypergradients",
     "linear_solvers",
+    "load_regularizer",
     "lower_solvers",
+    "reconstruct",
     "regularizers",
+    "save_regularizer",
     "training",
     "unrolled",
     "upper_level",
