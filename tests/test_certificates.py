@@ -50,9 +50,8 @@ def test_sweep_finds_no_violation():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_long_sweep_finds_no_violation(seed):
-    outcomes = sweep(2000, seed=100 + seed)
+def test_long_sweep_finds_no_violation():
+    outcomes = sweep(500, seed=100)  # thousands: python tests/sweep.py --cases 2000
     assert [(o.violations, o.setting) for o in outcomes if o.violations] == []
 
 

@@ -80,7 +80,7 @@ class VariationalEnergy(nn.Module):
 
 
 class VariationalProblem(LowerLevelProblem):
-    """B problems ``min_x 1/2 ||A_i x - y_i||^2 + R(x; theta) + ridge/2 ||x||^2``, made by ``VariationalEnergy.bind``."""
+    """B problems ``min_x 1/2 ||A_i x - y_i||^2 + R(x; theta) + ridge/2 ||x||^2``, from ``VariationalEnergy.bind``."""
 
     def __init__(self, energy: VariationalEnergy, data: DataTerm, dtype: torch.dtype, cost: Cost):
         self.energy, self.data, self.cost = energy, data, cost

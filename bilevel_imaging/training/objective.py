@@ -68,7 +68,8 @@ class BilevelObjective:
         self.theta: dict[str, Tensor] = energy.theta
         self.loss = SquaredError() if loss is None else loss
         self.lower, self.linear = lower or NewtonCG(), linear or ConjugateGradient()
-        self.batch_size, self.minibatch, self.generator = batch_size or DEFAULT_BATCH, minibatch, generator
+        self.batch_size = DEFAULT_BATCH if batch_size is None else batch_size
+        self.minibatch, self.generator = minibatch, generator
         self.certificate = certificate
         self._chunks = [self._bind(positions) for positions in pairs.order(self.batch_size)]
         self._queue: list[list[int]] = []
@@ -189,8 +190,11 @@ class BilevelObjective:
         """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: if the warm starts are of other images.
+            ValueError: if keys are missing or the warm starts are of other images.
         """
+        missing = {"x", "q", "trial_x", "trial_theta", "queue", "generator"} - set(state)
+        if missing:
+            raise ValueError(f"Expected a state of the objective with {sorted(missing)}. Got {sorted(state)}.")
         shapes = {i: x.shape for chunk in self._chunks for i, x in zip(chunk.indices, chunk.x_true, strict=True)}
         for name in ("x", "q", "trial_x"):
             for index, tensor in state[name].items():

@@ -49,9 +49,9 @@ class FirstOrder(UpperLevelMethod):
         self.build, self.options = known[self.name], dict(options)
         if lr is not None:
             self.options["lr"] = lr
-        self.accuracy = (
-            {"error_tol": error_tol, "residual_tol": residual_tol} if tolerances else {"relative": relative or 0.1}
-        )
+        self.accuracy = {"relative": 0.1 if relative is None else relative}
+        if tolerances:
+            self.accuracy = {"error_tol": error_tol, "residual_tol": residual_tol}
         self.optimizer: torch.optim.Optimizer | None = None
         self._pending: dict[str, Any] | None = None
 

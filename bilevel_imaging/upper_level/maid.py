@@ -68,6 +68,8 @@ class MAID(UpperLevelMethod):
         ):
             if not low < value < high:
                 raise ValueError(f"Expected {name} in ({low}, {high}). Got {value!r}.")
+        if memory < 0:
+            raise ValueError(f"Expected memory >= 0. Got {memory!r}.")
         self.relative, self.decrease, self.tolerance = relative, decrease, tolerance
         self.largest_move = largest_move
         self.inverse = InverseHessian(memory) if memory else None
@@ -77,7 +79,13 @@ class MAID(UpperLevelMethod):
         self.previous: dict[str, Any] | None = None
 
     def step(self, objective: Objective) -> StepReport:
-        """One hypergradient, one line search. theta is left unchanged if no certified decrease is found."""
+        """One hypergradient, one line search. theta is left unchanged if no certified decrease is found.
+
+        Raises:
+            ValueError: the objective takes minibatches.
+        """
+        if getattr(objective, "minibatch", None) is not None:
+            raise ValueError("Expected an objective without minibatches: MAID compares losses of all images.")
         h = objective.hypergradient(relative=self.relative)
         theta, flat = flatten(objective.theta), flatten(h.grad)
         self._learn_curvature(theta, flat, h.bound)
@@ -98,9 +106,12 @@ class MAID(UpperLevelMethod):
         """
         moves, cost = self._flat_moves(objective, h, theta)
         refinements = 0
+        # so far away losses differ a lot: start coarse again instead of with the accuracy of the last line search
+        self.error_tol, fine = 0.0, self.error_tol
         for number, move in enumerate(moves):
             assign(objective.theta, theta + move)
-            trial = self._try(objective, h, self.tolerance * abs(h.loss))
+            # positive even where the loss is zero: a move that changes nothing is no progress
+            trial = self._try(objective, h, max(self.tolerance * abs(h.loss), 1e-300))
             cost, refinements = cost + trial.value.cost, refinements + trial.refinements
             if trial.verdict == "accept":
                 if self.inverse is not None:
@@ -109,6 +120,7 @@ class MAID(UpperLevelMethod):
                 moved = float(move.norm())
                 return self._report(h, trial.value, moved, refinements, number, moved, cost, "")
         assign(objective.theta, theta)
+        self.error_tol = fine
         return self._report(h, h, 0.0, refinements, len(moves), 0.0, cost, stop)
 
     def _flat_moves(self, objective: Objective, h: Hypergradient, theta: Tensor) -> tuple[list[Tensor], Cost]:
