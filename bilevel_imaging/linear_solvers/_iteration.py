@@ -178,7 +178,7 @@ class IterativeSolver(LinearSolver):
         scale = binary_scale(rhs)
         systems = _start(operator, rhs.detach(), q0, tol, scale)
         # a recursed residual goes on falling below the rounding errors of q; there a restart takes over
-        floor = 0.0 if self.residual_is_true else torch.finfo(rhs.dtype).eps / 2
+        floor = 0.0 if self.residual_is_true else torch.finfo(rhs.dtype).eps / 8
         while True:
             systems.target = torch.maximum(systems.tol, floor * systems.residual)
             systems.settle(limit)
