@@ -15,6 +15,22 @@ from torch import Tensor
 from bilevel_imaging.tensors import squared_norm
 
 
+def rfft2(x: Tensor) -> Tensor:
+    """``torch.fft.rfft2``, one dimension at a time: the bits of an image then do not depend on the batch it is in."""
+    return torch.fft.fft(torch.fft.rfft(x), dim=-2)
+
+
+def inverse_rfft2(spectrum: Tensor, width: int) -> Tensor:
+    """Inverse of :func:`rfft2` for images of that width.
+
+    On the CPU the real transforms run image by image: their last bits depend on how many rows there are.
+    """
+    half = torch.fft.ifft(spectrum, dim=-2)
+    if half.is_cuda:
+        return torch.fft.irfft(half, n=width)
+    return torch.stack([torch.fft.irfft(image, n=width) for image in half])
+
+
 class DataTerm(abc.ABC):
     """1/2 ||A_i x_i - y_i||^2 for B images.
 
@@ -75,7 +91,7 @@ class DataTerm(abc.ABC):
         if diagonal is not None:
             return lambda v: v / (diagonal + shift)
         if spectrum is not None:
-            return lambda v: torch.fft.irfft2(torch.fft.rfft2(v) / (spectrum + shift), s=v.shape[-2:])
+            return lambda v: inverse_rfft2(rfft2(v) / (spectrum + shift), v.shape[-1])
         return None
 
 
@@ -174,7 +190,8 @@ class CirculantTerm(DataTerm):
         self.transfer64 = transfer.expand(*y.shape[:2], *transfer.shape[-2:])
         self.transfer = self.transfer64.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
         self.shape = y.shape
-        power = self.transfer64.abs().square()
+        # from real parts, as in _filter: an absolute value of complex numbers depends on the place in the array
+        power = self.transfer64.real.square() + self.transfer64.imag.square()
         # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side
         self.lowest = power.flatten(1).amin(1) * (1 - 1e-12)
         self.highest = power.flatten(1).amax(1) * (1 + 1e-12)
@@ -182,7 +199,13 @@ class CirculantTerm(DataTerm):
         self.aty = self._filter(self.transfer.conj(), y)
 
     def _filter(self, transfer: Tensor, x: Tensor) -> Tensor:
-        return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
+        spectrum = rfft2(x)
+        if transfer.is_complex():
+            # complex products round differently in the vectorized and in the remaining part of an array: same bits
+            # for an image in every batch come from real ones
+            a, b, c, d = spectrum.real, spectrum.imag, transfer.real, transfer.imag
+            return inverse_rfft2(torch.complex(a * c - b * d, a * d + b * c), x.shape[-1])
+        return inverse_rfft2(spectrum * transfer, x.shape[-1])
 
     def value(self, x: Tensor) -> Tensor:
         return 0.5 * squared_norm(self._filter(self.transfer, x) - self.y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, Metric, NewtonModel
-from bilevel_imaging.energies.data_terms import DataTerm, data_term
+from bilevel_imaging.energies.data_terms import DataTerm, data_term, inverse_rfft2, rfft2
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.regularizers.base import Regularizer
@@ -226,7 +226,7 @@ class VariationalLinearization(Linearization):
         if spectrum is not None and hasattr(self.inside, "mean_curvature"):
             laplacian = _laplacian_spectrum(self.x)
             symbol = spectrum + ridge + per_sample(self.inside.mean_curvature(), self.x) * laplacian
-            return lambda v: torch.fft.irfft2(torch.fft.rfft2(v) / symbol, s=v.shape[-2:])
+            return lambda v: inverse_rfft2(rfft2(v) / symbol, v.shape[-1])
         if diagonal is not None and diagonal.dim() > 0 and hasattr(self.inside, "hessian_diagonal"):
             jacobi = diagonal + ridge + self.inside.hessian_diagonal()
             return lambda v: v / jacobi

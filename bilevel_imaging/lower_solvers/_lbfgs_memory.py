@@ -2,7 +2,7 @@
 
 Shapes: b samples, m pairs, n numbers per sample. The pairs sit in a ring of m + 1 slots, one of them to spare, so that
 a pair can be written before it is known whether it counts; the products s_i^T y_j and y_i^T y_j
-are kept, so that one direction costs two batched matrix products and algebra of size m (compact representation,
+are kept, so that one direction costs two passes over the pairs and algebra of size m (compact representation,
 Byrd, Nocedal & Schnabel 1994, eq. 3.1), not a recursion of 4 m vector operations.
 """
 
@@ -46,9 +46,8 @@ def remember(state: State, step: Tensor, change: Tensor, chosen: Tensor) -> None
     # what does not count must be finite all the same, because it is multiplied by zero later
     s, y = (torch.where(chosen.unsqueeze(1), v, 0.0) for v in (s, y))
     state["S"][rows, slot], state["Y"][rows, slot] = s, y
-    column = y.unsqueeze(2)
-    sy, yy = torch.bmm(state["S"], column).squeeze(2), torch.bmm(state["Y"], column).squeeze(2)
-    state["SY"][rows, slot] = torch.bmm(state["Y"], s.unsqueeze(2)).squeeze(2)
+    sy, yy = _products(state["S"], y), _products(state["Y"], y)
+    state["SY"][rows, slot] = _products(state["Y"], s)
     state["SY"][rows, :, slot] = sy
     state["YY"][rows, slot] = yy
     state["YY"][rows, :, slot] = yy
@@ -69,19 +68,43 @@ def direction(state: State, gradient: Tensor) -> Tensor:
         torch.where(both, state[name][rows, order.unsqueeze(2), order.unsqueeze(1)], 0.0) for name in ("SY", "YY")
     )
     g = gradient.flatten(1)
-    sg, yg = (
-        torch.where(used, torch.bmm(state[name], g.unsqueeze(2)).squeeze(2).gather(1, order), 0.0).unsqueeze(2)
-        for name in ("S", "Y")
-    )
+    sg, yg = (torch.where(used, _products(state[name], g).gather(1, order), 0.0) for name in ("S", "Y"))
     diagonal = sy.diagonal(dim1=1, dim2=2)
     newest_yy = yy[:, -1, -1]
     gamma = torch.where(newest_yy > 0, diagonal[:, -1] / newest_yy, state["scale"])
     upper = sy.triu() + torch.diag_embed((~used).to(sy))
-    p = torch.linalg.solve_triangular(upper, sg, upper=True)
-    inside = diagonal.unsqueeze(2) * p + gamma[:, None, None] * (yy @ p - yg)
-    for_s = torch.linalg.solve_triangular(upper.mT, inside, upper=False)
-    for_y = -gamma[:, None, None] * p
+    p = _solve_upper(upper, sg)
+    for_s = _solve_transposed(upper, diagonal * p + gamma.unsqueeze(1) * (_products(yy, p) - yg))
+    for_y = -gamma.unsqueeze(1) * p
     # back from age to slots
-    for_s, for_y = (torch.zeros_like(c[:, :, 0]).scatter(1, order, c[:, :, 0]) for c in (for_s, for_y))
-    h = gamma.unsqueeze(1) * g + torch.bmm(for_s.unsqueeze(1), state["S"]).squeeze(1)
-    return -(h + torch.bmm(for_y.unsqueeze(1), state["Y"]).squeeze(1)).reshape(gradient.shape)
+    for_s, for_y = (torch.zeros_like(c).scatter(1, order, c) for c in (for_s, for_y))
+    h = gamma.unsqueeze(1) * g
+    for slot in range(slots):
+        h = h + for_s[:, slot, None] * state["S"][:, slot] + for_y[:, slot, None] * state["Y"][:, slot]
+    return -h.reshape(gradient.shape)
+
+
+def _products(rows: Tensor, v: Tensor) -> Tensor:
+    """<rows_ij, v_i>, ``(b, m, n)`` and ``(b, n)`` to ``(b, m)``.
+
+    Not a batched matrix product: the order of its sums, and so the last bits of a sample, depend on the batch.
+    """
+    return torch.stack([(rows[:, slot] * v).sum(1) for slot in range(rows.shape[1])], 1)
+
+
+def _solve_upper(upper: Tensor, rhs: Tensor) -> Tensor:
+    """U^{-1} rhs by back substitution, ``(b, m, m)`` and ``(b, m)``; written out for the same reason."""
+    solution = torch.zeros_like(rhs)
+    for i in reversed(range(rhs.shape[1])):
+        known = (upper[:, i, i + 1 :] * solution[:, i + 1 :]).sum(1)
+        solution[:, i] = (rhs[:, i] - known) / upper[:, i, i]
+    return solution
+
+
+def _solve_transposed(upper: Tensor, rhs: Tensor) -> Tensor:
+    """U^{-T} rhs by forward substitution."""
+    solution = torch.zeros_like(rhs)
+    for i in range(rhs.shape[1]):
+        known = (upper[:, :i, i] * solution[:, :i]).sum(1)
+        solution[:, i] = (rhs[:, i] - known) / upper[:, i, i]
+    return solution

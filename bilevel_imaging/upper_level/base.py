@@ -57,8 +57,8 @@ class StepReport:
         error_bound: certified bound of its error; inf if not certified.
         certified: whether the hypergradient is certified.
         reason: in words when not.
-        error_tol: lower-level accuracy epsilon in use after the step.
-        residual_tol: linear accuracy delta in use after the step.
+        error_tol: lower-level accuracy epsilon that the hypergradient reached (largest over the images).
+        residual_tol: linear accuracy delta that the hypergradient reached (largest over the images).
         step_size: step length used (0 if none was accepted).
         accepted: whether theta moved.
         refinements: number of accuracy refinements inside the step.
