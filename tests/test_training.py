@@ -451,6 +451,7 @@ def test_ctrl_c_saves_and_a_second_one_stops_at_once(tmp_path):
 
     process = start(tmp_path, 20, 1.0)  # steps so long that both signals fall into one
     wait_for_steps(process, tmp_path, done)
+    time.sleep(0.3)  # well into the next step: a signal between two steps ends the run by itself
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
