@@ -308,9 +308,9 @@ class PrimalDualModel(NewtonModel):
         at = self.at
         dd = forward_differences(d)
         along = self.group(at.unit * dd)
-        full = at.unit + (dd - self.dual * along) * at.reciprocal
-        step = step.reshape(1, -1, *([1] * (d.dim() - 1)))
-        dual = self.dual + step * (full - self.dual)
+        dual = dd.addcmul_(self.dual, along, value=-1).mul_(at.reciprocal).add_(at.unit)
+        if not bool((step == 1).all()):
+            dual = torch.lerp(self.dual, dual, step.reshape(1, -1, *([1] * (d.dim() - 1))))
         # |u| <= 1 keeps the model positive semidefinite
         return dual.div_(self.group(dual * dual).sqrt_().clamp_(min=1)).transpose(0, 1)
 
