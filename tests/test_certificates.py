@@ -30,13 +30,7 @@ certified_pairs = pytest.mark.parametrize(("regularizer", "physics"), list(produ
 STAGES = ((1.0, 1.0), (1e-2, 1e-1), (1e-4, 1e-6), (1e-8, 1e-8))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the randomized sweep

@@ -34,13 +34,7 @@ regularizers = pytest.mark.parametrize("regularizer", REGULARIZERS)
 certified = pytest.mark.parametrize("regularizer", CERTIFIED_REGULARIZERS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(like: Tensor, seed: int) -> Tensor:

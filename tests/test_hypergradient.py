@@ -20,13 +20,7 @@ pairs = pytest.mark.parametrize(("regularizer", "physics"), list(product()))
 certified_pairs = pytest.mark.parametrize(("regularizer", "physics"), list(product(user=False)))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def estimate(case: Case, **settings) -> bi.Hypergradient:

@@ -19,13 +19,7 @@ F32, F64 = torch.float32, torch.float64
 WEIGHT = 0.1
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def difference(x: Tensor) -> Tensor:
