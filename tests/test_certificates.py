@@ -293,3 +293,23 @@ def test_true_residual_of_float32_data():
     # the x and q returned are rounded to float32; the residual of the pair itself can be larger by that much
     size = exact.constants().smoothness * norm(h.q.double()) + norm(x)
     assert bool((residual <= h.linear.residual_norm + 1e-6 * size).all())
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-12, 1e12])
+def test_float32_bounds_scale_with_the_loss(factor):
+    """A loss in other units: estimate, bound and interval are those of the old units, times the factor."""
+
+    class Scaled(bi.SquaredError):
+        smoothness = factor
+
+        def __call__(self, x, x_true):
+            return factor * super().__call__(x, x_true)
+
+        def grad(self, x, x_true):
+            return factor * super().grad(x, x_true)
+
+    case = build("tv_isotropic", "denoising", size=(12, 12), weight=0.1, dtype=torch.float32)
+    plain = bi.hypergradient(case.problem, bi.SquaredError(), case.x_true, error_tol=1e-3, residual_tol=1e-3)
+    other = bi.hypergradient(case.problem, Scaled(), case.x_true, error_tol=1e-3, residual_tol=factor * 1e-3)
+    assert plain.certified and plain.bound > 0
+    assert other.bound / factor == pytest.approx(plain.bound, rel=1e-2)

@@ -18,6 +18,7 @@ from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient, hypergradient
 from bilevel_imaging.regularizers import TotalVariation
 from bilevel_imaging.upper_level import SquaredError
+from bilevel_imaging.upper_level.quasi_newton import flatten
 
 UNROLLED_STEPS = (30, 60, 120)
 BASELINE = "unrolled 60 steps, autograd"
@@ -184,20 +185,16 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _flat(grad: dict[str, Tensor]) -> Tensor:
-    return torch.cat([g.detach().double().reshape(-1).cpu() for g in grad.values()])
-
-
 def _result(name: str, seconds: float, output: Any, reference: Hypergradient, batch: int) -> Result:
-    true = _flat(reference.grad)
+    true = flatten(reference.grad)
     if isinstance(output, Hypergradient):
-        error = float((_flat(output.grad) - true).norm() / true.norm())
+        error = float((flatten(output.grad) - true).norm() / true.norm())
         cost = output.cost
         bound: float | None = output.relative_bound
         counts = (cost.gradients / batch, cost.hvps / batch, cost.mixed_products / batch)
     else:
         steps = float(name.split()[1])
-        error, bound, counts = float((_flat(output) - true).norm() / true.norm()), None, (steps, steps, steps)
+        error, bound, counts = float((flatten(output) - true).norm() / true.norm()), None, (steps, steps, steps)
     return Result(name, seconds, error, bound, *counts)
 
 

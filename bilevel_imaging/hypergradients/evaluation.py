@@ -13,7 +13,7 @@ from bilevel_imaging.certificates import Bound, Measurements
 from bilevel_imaging.derivatives import Directional, Linearization, Metric
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
-from bilevel_imaging.tensors import inner, norm
+from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
 
 
 class Point:
@@ -213,16 +213,20 @@ def _directional(point: Point, q: Tensor) -> Directional | None:
     unit = torch.finfo(dtype).eps
     # the working point is x rounded: no pixel moved by more than this, so the ball around it holds that around x
     moved = unit * norm(point.x).double()
-    along = working.directional(q.to(dtype), ((point.distance + moved) * (1 + 4 * unit)).to(dtype))
+    # homogeneous in q: normalized, so that squares of a tiny q do not underflow to a bound of 0
+    scale = binary_scale(q)
+    along = working.directional(
+        (q / per_sample(scale, q)).to(dtype), ((point.distance + moved) * (1 + 4 * unit)).to(dtype)
+    )
     if along is None:
         return None
     # relative errors are a few units of the last place, times the power (at most 5) in which a length enters
-    up = 1 + 1e-4
+    up = (1 + 1e-4) * scale
     components = along.mixed_components
     return Directional(
         along.hessian.double() * up,
         along.mixed.double() * up,
-        None if components is None else components.double() * up,
+        None if components is None else components.double() * up.unsqueeze(1),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import deepinv
@@ -144,6 +143,3 @@ class AutogradLinearization(Linearization):
         return {
             name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, tensors, products, strict=True)
         }
-
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        return None

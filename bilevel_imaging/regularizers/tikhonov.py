@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,9 +118,6 @@ class _TikhonovLinearization(Linearization):
         """Coefficient of the (negative) Laplacian in H, ``(B,)``."""
         scale = self.weight if self.regularizer.operator == "gradient" else 0 * self.weight
         return scale.expand(self.x.shape[0])
-
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        return None
 
     def subset(self, index: Tensor) -> Linearization:
         return _TikhonovLinearization(self.regularizer, self.x[index])

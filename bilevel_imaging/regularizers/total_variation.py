@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +20,7 @@ from bilevel_imaging.regularizers.differences import (
     squared_operator_norm,
     weighted_laplacian_bound,
 )
+from bilevel_imaging.tensors import norm
 
 # phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2), sup |d^2/dt^2 of d phi'/d log nu| = X2 / nu^2
 M3 = 48 / (25 * math.sqrt(5))
@@ -213,12 +213,12 @@ class TotalVariationLinearization(Linearization):
         components = []
         if self.regularizer.log_weight.requires_grad:
             slope = self.weight * differences_adjoint(self._curvature(dq.clone()))
-            components.append(_norm(slope) + 0.5 * hessian * radius)
+            components.append(norm(slope) + 0.5 * hessian * radius)
         if self.regularizer.log_smoothing.requires_grad:
             slope = self.weight * differences_adjoint(self._smoothing_curvature(dq))
             fourth = torch.where(low >= nu / 2, (6 * nu**2 / (low**2 + nu**2) ** 2), X2 / nu**2).clamp_(max=X2 / nu**2)
             remainder = largest(fourth, 1)  # multiplies a square of the radius: need not be sharp
-            components.append(_norm(slope) + 0.5 * remainder * radius)
+            components.append(norm(slope) + 0.5 * remainder * radius)
         stacked = torch.stack(components, 1) if components else q.new_zeros((self.shape[0], 0))
         return Directional(hessian, stacked.norm(dim=1), stacked)
 
@@ -276,9 +276,6 @@ class TotalVariationLinearization(Linearization):
     def newton_model(self, memory: Tensor) -> NewtonModel:
         return PrimalDualModel(self, memory.transpose(0, 1))
 
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        return None
-
 
 class PrimalDualModel(NewtonModel):
     """weight D^T (I - (u n^T + n u^T) / 2) D / s, with a dual field |u| <= 1 in place of one n = Dx / s.
@@ -313,7 +310,3 @@ class PrimalDualModel(NewtonModel):
             dual = torch.lerp(self.dual, dual, step.reshape(1, -1, *([1] * (d.dim() - 1))))
         # |u| <= 1 keeps the model positive semidefinite
         return dual.div_(self.group(dual * dual).sqrt_().clamp_(min=1)).transpose(0, 1)
-
-
-def _norm(a: Tensor) -> Tensor:
-    return a.flatten(1).norm(dim=1)

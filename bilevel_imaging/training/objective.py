@@ -17,6 +17,7 @@ from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.upper_level import CertifiedValue, SquaredError
+from bilevel_imaging.upper_level.quasi_newton import flatten
 
 # images solved together at most, so that memory does not grow with the data set
 DEFAULT_BATCH = 64
@@ -83,12 +84,9 @@ class BilevelObjective:
         batch = self.pairs.batch(positions)
         return _Chunk(tuple(batch.indices.tolist()), self.energy.bind(batch.y, batch.physics), batch.x)
 
-    def _flat_theta(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1).double().cpu() for p in self.theta.values()])
-
     def _start(self, chunk: _Chunk) -> Tensor | None:
         """Where to start x: from the last value if theta has not moved since, else from the last hypergradient."""
-        same = self._trial_theta is not None and torch.equal(self._trial_theta, self._flat_theta())
+        same = self._trial_theta is not None and torch.equal(self._trial_theta, flatten(self.theta))
         for store in (self._trial_x, self._x) if same else (self._x,):
             if all(i in store for i in chunk.indices):
                 return torch.stack([store[i] for i in chunk.indices])
@@ -122,7 +120,7 @@ class BilevelObjective:
             upper += weight * float(estimates[2].sum())
             points.update(zip(chunk.indices, solution.x.unbind(0), strict=True))
             total = total + (chunk.problem.cost - before)
-        self._trial_x, self._trial_theta = points, self._flat_theta()
+        self._trial_x, self._trial_theta = points, flatten(self.theta)
         total = total + Cost(seconds=time.perf_counter() - started)
         return CertifiedValue(value=value, lower=lower, upper=upper, cost=total)
 
