@@ -16,7 +16,7 @@ from bilevel_imaging._version import __version__
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies import Constants, Linearization, LowerLevelProblem, QuadraticProblem, VariationalEnergy
 from bilevel_imaging.export import load_regularizer, reconstruct, save_regularizer
-from bilevel_imaging.hypergradients import BilevelReconstructor, Hypergradient, hypergradient, unrolled
+from bilevel_imaging.hypergradients import BilevelReconstructor, Hypergradient, hypergradient, inexact_ad, unrolled
 from bilevel_imaging.kernels import compile_kernels
 from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
 from bilevel_imaging.training import BilevelObjective, Trainer
@@ -48,6 +48,7 @@ __all__ = [
     "errors",
     "hypergradient",
     "hypergradients",
+    "inexact_ad",
     "linear_solvers",
     "load_regularizer",
     "lower_solvers",

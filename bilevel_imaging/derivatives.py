@@ -72,6 +72,26 @@ class Directional:
     mixed_components: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LocalChange:
+    """How the derivatives change near x, measured by the Hessian H(x) itself instead of by the identity.
+
+    With ``||e||_H <= radius`` and x_t = x + t e, 0 <= t <= 1, and any u:
+    ``|D^3 g(x_t)[e, q, u]| <= hessian ||e||_{H(x_t)} ||u||_{H(x_t)}`` and
+    ``|<DJ_j(x_t)[e], u>| <= slopes[j] ||e||_{H(x_t)} ||u||_{R(x_t)}``, where R is a part of H (that of the regularizer)
+    and ``||q||_{R(x)} <= energy``.
+
+    Attributes:
+        hessian: ``(B,)``.
+        slopes: ``(n,)`` in the order of ``theta`` (flattened).
+        energy: ``(B,)``.
+    """
+
+    hessian: Tensor
+    slopes: Tensor
+    energy: Tensor
+
+
 class NewtonModel(abc.ABC):
     """A symmetric positive definite stand-in for the Hessian, better than it far from the minimizer.
 
@@ -82,9 +102,36 @@ class NewtonModel(abc.ABC):
     def hvp(self, v: Tensor) -> Tensor:
         """Products with the model, ``(B, *image)``."""
 
+    def diffusion(self) -> Tensor | None:
+        """As in ``Linearization``."""
+        return None
+
+    def preconditioner(self) -> Preconditioner | None:
+        """As in ``Linearization``."""
+        return None
+
     @abc.abstractmethod
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         """The memory after a step of length ``step`` ``(B,)`` along d; first dimension B."""
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """v -> P^{-1} v for a symmetric positive definite P close to the Hessian.
+
+    Attributes:
+        inverse: ``(B, *image)`` to the same.
+        lowest: lower bound of lambda_min(P^{-1} H), ``(B,)`` float64, or ``None``; with it conjugate gradients bound
+        the
+            energy norm of their error.
+    """
+
+    inverse: Callable[[Tensor], Tensor]
+    lowest: Tensor | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """P^{-1} v."""
+        return self.inverse(v)
 
 
 @dataclass(frozen=True)
@@ -127,6 +174,34 @@ class Linearization(abc.ABC):
         """Constants along q on the ball of the given radius ``(B,)``; ``None`` when not known."""
         return None
 
+    def constants_on_ball(self, radius: Tensor) -> Constants | None:
+        """Constants valid on the ball of that radius ``(B,)`` around x, where they are better than the global ones;
+        ``None`` to use those."""
+        return None
+
+    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
+        """K ``(B,)`` with ``|D^3 g(x_t)[e, v, v]| <= K ||e||_H <v, H(x_t) v>`` for ``||e||_H <= radius``, all v and all
+        x_t = x + t e; ``strong_convexity`` ``(B,)`` is that of the whole energy. ``None`` when not known."""
+        return None
+
+    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange | None:
+        """Changes along q inside ``||e||_H <= radius`` ``(B,)``; ``None`` when not known."""
+        return None
+
+    @property
+    def weight_column(self) -> int | None:
+        """Which column of J equals the gradient of the regularizer (that of its log-weight), if one does."""
+        return None
+
+    def mixed_energy_norms(self) -> Tensor | None:
+        """Upper bounds of ||J_j||_{H^-1}, ``(B, n)``, that need no solve; ``None`` when not known."""
+        return None
+
+    def diffusion(self) -> Tensor | None:
+        """c ``(B, *image)`` if the Hessian is close to D^T diag(c) D with D the differences of neighbors, else
+        ``None``."""
+        return None
+
     def newton_model(self, memory: Tensor) -> NewtonModel | None:
         """The model that Newton's method should use here, given its memory; ``None`` to use the Hessian."""
         return None
@@ -135,7 +210,7 @@ class Linearization(abc.ABC):
         """The memory to start with, far from (cold) or near the minimizer; ``None`` if there is no model."""
         return None
 
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+    def preconditioner(self) -> Preconditioner | None:
         """A symmetric positive definite approximation of the inverse Hessian, or ``None``."""
         return None
 

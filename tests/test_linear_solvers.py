@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from deepinv.physics import Denoising
 from scipy.sparse.linalg import cg as scipy_cg
+from scipy.sparse.linalg import minres as scipy_minres
 from torch import Tensor
 
+import bilevel_imaging as bi
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.energies.problem import CountedLinearization
 from bilevel_imaging.linear_solvers import (
     LINEAR_SOLVERS,
+    MINRES,
+    Chebyshev,
     ConjugateGradient,
     DenseSolver,
     GradientDescent,
@@ -108,7 +114,7 @@ def test_iterations_equal_scipy():
 
 @pytest.mark.parametrize("kappa", [10.0, 1000.0])
 def test_rates(kappa):
-    """Iterations stay below what the residual bounds of the three methods allow."""
+    """Iterations stay below what the residual bounds of the methods allow."""
     linearization, rhs = random_system(kappa=kappa, size=60)
     accuracy = 1e-6
     gd, hb = (kappa - 1) / (kappa + 1), (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1)
@@ -116,6 +122,8 @@ def test_rates(kappa):
         "conjugate_gradient": lambda k: 2 * math.sqrt(kappa) * hb**k,
         "gradient_descent": lambda k: gd**k,
         "heavy_ball": lambda k: (1 + k * (1 + hb)) * hb**k,
+        "minres": lambda k: 2 * hb**k / (1 + hb ** (2 * k)),
+        "chebyshev": lambda k: 2 * hb**k / (1 + hb ** (2 * k)),
     }
     for name, bound in bounds.items():
         allowed = next(k for k in range(100000) if bound(k) <= accuracy)
@@ -141,6 +149,99 @@ def test_textbook_recurrences(steps):
         assert solution.iterations.tolist() == [steps] * 3 and set(solution.reason) == {"max_iter"}
         error = (solution.q - expected).flatten(1).norm(dim=1)
         assert (error <= 1e-13 * expected.flatten(1).norm(dim=1)).all()
+
+
+def eigenvalues_in(linearization, rhs):
+    """Eigenvalues, eigenvectors and the coefficients of rhs."""
+    values, vectors = torch.linalg.eigh(linearization.matrix)
+    return values, vectors, vectors.transpose(1, 2) @ rhs.flatten(1).unsqueeze(2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 17])
+def test_chebyshev_residual_is_the_chebyshev_polynomial(steps):
+    """r_k = T_k((L + mu - 2 H) / (L - mu)) b / T_k((L + mu) / (L - mu)), from the eigenvalues of H."""
+    linearization, rhs = random_system(kappa=50.0)
+    values, vectors, coefficients = eigenvalues_in(linearization, rhs)
+    inside = torch.cos(steps * torch.arccos(((51 - 2 * values) / 49).clamp(-1, 1)))
+    outside = math.cosh(steps * math.acosh(51 / 49))
+    expected = (vectors @ (inside.unsqueeze(2) / outside * coefficients)).reshape(rhs.shape)
+    solution = Chebyshev().solve(linearization, rhs, 0.0, max_iter=steps)
+    product = torch.einsum("bij,bcwj->bcwi", linearization.matrix, solution.q)
+    torch.testing.assert_close(rhs - product, expected, atol=1e-13, rtol=0)
+    torch.testing.assert_close(solution.residual_norm, size_of(expected), atol=1e-13, rtol=0)
+
+
+def test_chebyshev_knows_its_iterations_beforehand():
+    """The first k whose bound is below the tolerance, whatever the right-hand sides and the spectrum are."""
+    for kappa, tol in ((30.0, 1e-3), (300.0, 1e-7)):
+        q = (math.sqrt(kappa) - 1) / (math.sqrt(kappa) + 1)
+        needed = next(k for k in range(10_000) if 2 * q**k / (1 + q ** (2 * k)) <= tol)
+        for seed in (0, 1):
+            linearization, rhs = random_system(kappa=kappa, seed=seed)
+            solution = Chebyshev().solve(linearization, rhs, tol * size_of(rhs))
+            assert solution.converged.all() and solution.iterations.tolist() == [needed] * 3
+        # the bound is attained at the ends of [mu, L]
+        _, vectors, _ = eigenvalues_in(linearization, rhs)
+        solution = Chebyshev().solve(linearization, vectors[:, :, 0].reshape(rhs.shape), tol)
+        attained = torch.full_like(solution.residual_norm, 2 * q**needed / (1 + q ** (2 * needed)))
+        torch.testing.assert_close(solution.residual_norm, attained, rtol=1e-6, atol=0)
+
+
+def test_chebyshev_on_a_multiple_of_the_identity():
+    linearization, rhs = random_system(kappa=1.0)
+    solution = Chebyshev().solve(linearization, rhs, 1e-12)
+    assert solution.converged.all() and solution.iterations.tolist() == [1] * 3
+    torch.testing.assert_close(solution.q, direct(linearization, rhs), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 13])
+def test_minres_equals_scipy_and_minimizes_over_the_krylov_space(steps):
+    linearization, rhs = random_system(batch=2, kappa=30.0)
+    linearization.inside.matrix[1] -= 6 * torch.eye(30, dtype=F64)  # indefinite
+    solution = MINRES().solve(linearization, rhs, 0.0, max_iter=steps)
+    for i, (matrix, b) in enumerate(zip(linearization.matrix.numpy(), rhs.flatten(1).numpy(), strict=True)):
+        iterates = []
+        scipy_minres(matrix, b, rtol=0, maxiter=steps, callback=lambda q, keep=iterates: keep.append(q.copy()))
+        torch.testing.assert_close(solution.q[i].flatten(), torch.from_numpy(iterates[-1]), atol=1e-10, rtol=1e-8)
+        # K = H span{b, H b, ...}: what is left of b after projection on K
+        vectors = [matrix @ b]
+        for _ in range(steps - 1):
+            following = matrix @ vectors[-1]
+            basis = np.linalg.qr(np.stack(vectors, 1))[0]
+            following -= basis @ (basis.T @ following)
+            vectors.append(following / np.linalg.norm(following))
+        basis = np.linalg.qr(np.stack(vectors, 1))[0]
+        smallest = np.linalg.norm(b - basis @ (basis.T @ b))
+        assert float(solution.residual_norm[i]) == pytest.approx(smallest, rel=1e-6)
+
+
+def test_minres_residuals():
+    """They never grow, and the recursed ones, norms and vectors, are those of the iterates."""
+    linearization, rhs = random_system(batch=3, kappa=1000.0)
+    linearization.inside.matrix[2] -= 100 * torch.eye(30, dtype=F64)
+    last = size_of(rhs)
+    for steps in range(1, 25):
+        solution = MINRES()._solve(linearization, rhs, 0.0, max_iter=steps, check=False)
+        true = true_residual(linearization, rhs, solution.q)
+        torch.testing.assert_close(solution.residual_norm, true, atol=1e-11, rtol=1e-9)
+        product = torch.einsum("bij,bcwj->bcwi", linearization.matrix, solution.q)
+        torch.testing.assert_close(solution.residual, rhs - product, atol=1e-10, rtol=0)
+        assert (true <= last * (1 + 1e-12)).all()
+        last = true
+    assert (last < 0.5 * size_of(rhs)).all()
+
+
+def test_minres_on_indefinite_and_singular_hessians():
+    linearization, rhs = random_system(batch=3)
+    linearization.inside.matrix[0] -= 5 * torch.eye(30, dtype=F64)
+    linearization.inside.matrix[1] = torch.diag((torch.arange(30) >= 10).double())
+    linearization.inside.matrix[2] = 0
+    solution = MINRES().solve(linearization, rhs, 1e-9)
+    assert solution.converged.tolist() == [True, False, False] and solution.reason[2] == "stagnated"
+    assert solution.q.isfinite().all() and solution.residual_norm.isfinite().all()
+    torch.testing.assert_close(solution.residual_norm, true_residual(linearization, rhs, solution.q), atol=1e-9, rtol=0)
+    # the least residual there is
+    assert float(solution.residual_norm[1]) == pytest.approx(float(rhs[1].flatten()[:10].norm()), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ITERATIVE)
@@ -208,10 +309,27 @@ def test_batch_is_one_by_one(name, can_subset):
         assert float(solution.residual_norm[i]) > 1e-4 * float(tol[i]), "went on after it was done"
 
 
+@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_same_bits_alone_and_in_a_batch(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    y, rhs = torch.randn(2, 4, 1, 9, 10, generator=generator, dtype=F64).to(dtype)
+    energy = bi.VariationalEnergy(bi.TotalVariation(0.3, 0.3))
+    tol = torch.tensor([1e-4, 1e-1, 1e-2, 1e-3], dtype=dtype)
+    together = LINEAR_SOLVERS[name]().solve(energy.bind(y, Denoising()).linearize(y), rhs, tol)
+    assert together.converged.all()
+    for i in range(4):
+        part = slice(i, i + 1)
+        alone = energy.bind(y[part], Denoising()).linearize(y[part])
+        single = LINEAR_SOLVERS[name]().solve(alone, rhs[part], tol[part])
+        assert torch.equal(single.q[0], together.q[i]) and int(single.iterations) == int(together.iterations[i])
+
+
 def test_products_are_not_wasted():
-    """k iterations from 0 cost k products; conjugate gradients pay one more to check the recursed residual."""
+    """k iterations from 0 cost k products; where the residual is recursed, checking it costs one more."""
     linearization, rhs = random_system(batch=1)
-    for solver, extra in ((ConjugateGradient(), 1), (GradientDescent(), 0), (HeavyBall(), 0)):
+    extras = {"conjugate_gradient": 1, "gradient_descent": 0, "heavy_ball": 0, "minres": 1, "chebyshev": 0}
+    for solver, extra in ((LINEAR_SOLVERS[name](), extra) for name, extra in extras.items()):
         linearization.cost.hvps = 0
         solution = solver.solve(linearization, rhs, 1e-6)
         assert linearization.cost.hvps == int(solution.iterations) + extra
@@ -256,6 +374,16 @@ def test_float32_residual_is_true_and_floor_is_reported():
     # recursion alone believes in a residual that is not there
     believed = ConjugateGradient()._solve(linearization, rhs, 1e-7, check=False).residual_norm.double()
     assert (believed < 0.01 * true).all()
+
+
+@pytest.mark.parametrize("name", ["minres", "chebyshev"])
+def test_restarts_end_at_the_floor(name):
+    linearization, rhs = random_system(kappa=1e3, size=60, dtype=F32)
+    solution = LINEAR_SOLVERS[name](max_iter=20_000).solve(linearization, rhs, 0.0)
+    assert set(solution.reason) == {"stagnated"} and not solution.converged.any()
+    true = true_residual(linearization, rhs, solution.q)
+    floor = 4 * 1e3 * torch.finfo(F32).eps * size_of(solution.q)
+    assert (true <= floor).all() and ((solution.residual_norm.double() - true).abs() <= floor).all()
 
 
 @pytest.mark.parametrize("name", ["gradient_descent", "heavy_ball"])
@@ -309,14 +437,14 @@ def test_broken_hessian_of_one_sample(name):
     assert solution.q.isfinite().all() and not solution.converged[1]
 
 
-@pytest.mark.parametrize("name", ["gradient_descent", "heavy_ball"])
+@pytest.mark.parametrize("name", ["gradient_descent", "heavy_ball", "chebyshev"])
 def test_unknown_smoothness(name):
     linearization, rhs = random_system(smoothness=False, kappa=200.0)
     solution = LINEAR_SOLVERS[name]().solve(linearization, rhs, 1e-8)
     assert solution.converged.all()
 
 
-@pytest.mark.parametrize("name", ["gradient_descent", "heavy_ball"])
+@pytest.mark.parametrize("name", ["gradient_descent", "heavy_ball", "chebyshev"])
 def test_underestimated_smoothness_backs_off(name, monkeypatch):
     linearization, rhs = random_system(smoothness=False, kappa=200.0)
     guess = lambda operator, like: torch.full((like.shape[0],), 11.0, dtype=like.dtype)  # noqa: E731
@@ -358,8 +486,9 @@ def test_misuse():
     with pytest.raises(ValueError, match="preconditioner"):
         ConjugateGradient(preconditioner="jacobi")
     linearization.constants = linearization.inside.constants = Constants()
-    with pytest.raises(ValueError, match="strong convexity"):
-        HeavyBall().solve(linearization, rhs, 1e-6)
+    for name in (HeavyBall, Chebyshev):
+        with pytest.raises(ValueError, match="strong convexity"):
+            name().solve(linearization, rhs, 1e-6)
 
 
 def test_autograd_state_is_left_alone():

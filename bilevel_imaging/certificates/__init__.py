@@ -1,5 +1,6 @@
 """Residuals and constants to bounds; nothing here evaluates an energy."""
 
+from bilevel_imaging.certificates import a_priori as a_priori
 from bilevel_imaging.certificates.a_posteriori import (
     Bound,
     Measurements,
@@ -9,13 +10,25 @@ from bilevel_imaging.certificates.a_posteriori import (
     distance,
     metric,
 )
+from bilevel_imaging.certificates.local_norm import (
+    TRIAL_FACTOR,
+    LocalMeasurements,
+    energy_distance,
+    local,
+    local_value_interval,
+)
 
 __all__ = [
+    "TRIAL_FACTOR",
     "Bound",
+    "LocalMeasurements",
     "Measurements",
     "classical",
     "corrected_value_interval",
     "directional",
     "distance",
+    "energy_distance",
+    "local",
+    "local_value_interval",
     "metric",
 ]

@@ -1,4 +1,4 @@
-"""Least-squares data terms 1/2 ||Ax - y||^2 over deepinv physics, with exact spectra where the operator has one."""
+"""Least-squares data terms 1/2 ||Ax - y||^2, with exact spectra where the operator has one."""
 
 from __future__ import annotations
 
@@ -7,28 +7,12 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 
-import deepinv
 import torch
-from deepinv.physics import Blur, BlurFFT, Denoising, Inpainting, LinearPhysics
+from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from bilevel_imaging.tensors import squared_norm
-
-
-def rfft2(x: Tensor) -> Tensor:
-    """``torch.fft.rfft2``, one dimension at a time: the bits of an image then do not depend on the batch it is in."""
-    return torch.fft.fft(torch.fft.rfft(x), dim=-2)
-
-
-def inverse_rfft2(spectrum: Tensor, width: int) -> Tensor:
-    """Inverse of :func:`rfft2` for images of that width.
-
-    On the CPU the real transforms run image by image: their last bits depend on how many rows there are.
-    """
-    half = torch.fft.ifft(spectrum, dim=-2)
-    if half.is_cuda:
-        return torch.fft.irfft(half, n=width)
-    return torch.stack([torch.fft.irfft(image, n=width) for image in half])
+from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
 
 
 class DataTerm(abc.ABC):
@@ -91,7 +75,8 @@ class DataTerm(abc.ABC):
         if diagonal is not None:
             return lambda v: v / (diagonal + shift)
         if spectrum is not None:
-            return lambda v: inverse_rfft2(rfft2(v) / (spectrum + shift), v.shape[-1])
+            response = 1 / (spectrum + shift)
+            return lambda v: fourier_filter(v, response)
         return None
 
 
@@ -199,13 +184,13 @@ class CirculantTerm(DataTerm):
         self.aty = self._filter(self.transfer.conj(), y)
 
     def _filter(self, transfer: Tensor, x: Tensor) -> Tensor:
+        if not transfer.is_complex():
+            return fourier_filter(x, transfer)
         spectrum = rfft2(x)
-        if transfer.is_complex():
-            # complex products round differently in the vectorized and in the remaining part of an array: same bits
-            # for an image in every batch come from real ones
-            a, b, c, d = spectrum.real, spectrum.imag, transfer.real, transfer.imag
-            return inverse_rfft2(torch.complex(a * c - b * d, a * d + b * c), x.shape[-1])
-        return inverse_rfft2(spectrum * transfer, x.shape[-1])
+        # complex products round differently in the vectorized and in the remaining part of an array: same bits for an
+        # image in every batch come from real ones
+        a, b, c, d = spectrum.real, spectrum.imag, transfer.real, transfer.imag
+        return inverse_rfft2(torch.complex(a * c - b * d, a * d + b * c), x.shape[-1])
 
     def value(self, x: Tensor) -> Tensor:
         return 0.5 * squared_norm(self._filter(self.transfer, x) - self.y)
@@ -292,51 +277,3 @@ class GenericTerm(DataTerm):
                 v = v / v.flatten(1).norm(dim=1).reshape(-1, *([1] * (v.dim() - 1))).clamp(min=1e-30)
                 v = self.physics.A_adjoint(self.physics.A(v))
             return v.double().flatten(1).norm(dim=1)
-
-
-def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
-    """The least-squares term for y and physics: exact spectra for the operators that have one.
-
-    Raises:
-        ValueError: if the physics is not linear, or y does not have the shape that the physics gives.
-    """
-    kind = type(physics)
-    if kind is Denoising:
-        return IdentityTerm(y)
-    if kind is Inpainting:
-        _check_broadcast(physics.mask, y, "mask")
-        return MaskTerm(y, physics.mask)
-    if kind is BlurFFT:
-        if tuple(physics.img_size[-2:]) != tuple(y.shape[-2:]):
-            raise ValueError(
-                f"Expected y of the physics' image size {tuple(physics.img_size)}. Got {tuple(y.shape[1:])}; "
-                "build BlurFFT with img_size=y.shape[1:]."
-            )
-        transfer = deepinv.physics.functional.filter_fft(physics.filter.double(), tuple(y.shape[-2:]), real_fft=True)
-        return _circulant(y, transfer)
-    if kind is Blur and physics.padding == "circular":
-        delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)
-        delta[..., 0, 0] = 1
-        delta = delta.expand(physics.filter.shape[0], -1, -1, -1)
-        kernel = physics.filter.double()
-        response = deepinv.physics.functional.conv2d(delta, filter=kernel, padding="circular")
-        return _circulant(y, torch.fft.rfft2(response))
-    if isinstance(physics, LinearPhysics):
-        return GenericTerm(y, physics)
-    raise ValueError(f"Expected a linear deepinv physics. Got {kind.__name__}, which is not a LinearPhysics.")
-
-
-def _circulant(y: Tensor, transfer: Tensor) -> CirculantTerm:
-    _check_broadcast(transfer[..., :1, :1], y[..., :1, :1], "filter")
-    return CirculantTerm(y, transfer)
-
-
-def _check_broadcast(parameter: Tensor, y: Tensor, name: str) -> None:
-    try:
-        fits = torch.broadcast_shapes(parameter.shape, y.shape) == y.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"Expected a {name} of the physics that fits y of shape {tuple(y.shape)}. Got {tuple(parameter.shape)}."
-        )

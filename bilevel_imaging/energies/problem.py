@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.derivatives import Constants, Directional, Linearization, Metric, NewtonModel
+from bilevel_imaging.derivatives import (
+    Constants,
+    Directional,
+    Linearization,
+    LocalChange,
+    Metric,
+    NewtonModel,
+    Preconditioner,
+)
 
 __all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
 
@@ -133,6 +140,22 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.directional(q, radius)
 
+    def constants_on_ball(self, radius: Tensor) -> Constants | None:
+        with torch.no_grad():
+            return self.inside.constants_on_ball(radius)
+
+    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            return self.inside.relative_curvature(radius, strong_convexity)
+
+    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange | None:
+        with torch.no_grad():
+            return self.inside.local_change(q, radius, strong_convexity)
+
+    def mixed_energy_norms(self) -> Tensor | None:
+        with torch.no_grad():
+            return self.inside.mixed_energy_norms()
+
     def newton_model(self, memory: Tensor) -> NewtonModel | None:
         with torch.no_grad():
             inside = self.inside.newton_model(memory)
@@ -142,7 +165,7 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.newton_memory(cold=cold)
 
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+    def preconditioner(self) -> Preconditioner | None:
         return self.inside.preconditioner()
 
     def subset(self, index: Tensor) -> Linearization | None:
@@ -163,6 +186,10 @@ class _CountedModel(NewtonModel):
         self.cost.hvps += v.shape[0]
         with torch.no_grad():
             return self.inside.hvp(v)
+
+    def preconditioner(self) -> Preconditioner | None:
+        with torch.no_grad():
+            return self.inside.preconditioner()
 
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         with torch.no_grad():

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import deepinv
 import torch
 from torch import Tensor, nn
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.derivatives import Constants, Directional, Linearization, Metric, NewtonModel
-from bilevel_imaging.energies.data_terms import DataTerm, data_term, inverse_rfft2, rfft2
+from bilevel_imaging.derivatives import (
+    Constants,
+    Directional,
+    Linearization,
+    LocalChange,
+    Metric,
+    NewtonModel,
+    Preconditioner,
+)
+from bilevel_imaging.energies.binding import data_term
+from bilevel_imaging.energies.data_terms import DataTerm
+from bilevel_imaging.energies.preconditioning import scaled_convolution
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.regularizers.base import Regularizer
-from bilevel_imaging.tensors import per_sample, squared_norm
+from bilevel_imaging.tensors import norm, squared_norm
 
 # below this fraction of ||A||^2, strong convexity exists on paper only
 USABLE_STRONG_CONVEXITY = 1e-6
@@ -112,7 +120,10 @@ class VariationalProblem(LowerLevelProblem):
         return VariationalLinearization(self, x)
 
     def constants(self) -> Constants:
-        regularizer = self.regularizer.constants(self.shape)
+        return self._with_quadratic(self.regularizer.constants(self.shape))
+
+    def _with_quadratic(self, regularizer: Constants) -> Constants:
+        """Constants of the whole energy from those of the regularizer."""
         if regularizer.strong_convexity is None:
             return Constants(
                 reason=f"the convexity of {type(self.regularizer).__name__} is not known: "
@@ -204,6 +215,32 @@ class VariationalLinearization(Linearization):
     def directional(self, q: Tensor, radius: Tensor) -> Directional | None:
         return self.inside.directional(q, radius)  # the data term and the ridge are quadratic and free of theta
 
+    def constants_on_ball(self, radius: Tensor) -> Constants | None:
+        regularizer = self.inside.constants_on_ball(radius)
+        return None if regularizer is None else self.problem._with_quadratic(regularizer)
+
+    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
+        return self.inside.relative_curvature(radius, strong_convexity)
+
+    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange | None:
+        return self.inside.local_change(q, radius, strong_convexity)
+
+    def mixed_energy_norms(self) -> Tensor | None:
+        """The regularizer's own, or for the weight, whose column is grad R = grad g - (A^T (Ax - y) + ridge x):
+        the second term is B^T u with B^T B <= H, and ||B^T u||_{H^-1} <= ||u||."""
+        norms = self.inside.mixed_energy_norms()
+        weight = self.inside.weight_column
+        if norms is None or weight is None:
+            return norms
+        problem = self.problem
+        misfit = (2 * problem.data.value(self.x).double() + problem.ridge * squared_norm(self.x).double()).sqrt()
+        mu = self.constants.strong_convexity.double()
+        # one part in a thousand covers the rounding of a sum of squares in float32
+        split = 1.001 * misfit + norm(self.grad).double() / mu.sqrt()
+        norms = norms.clone()
+        norms[:, weight] = torch.minimum(norms[:, weight], split)
+        return norms
+
     def subset(self, index: Tensor) -> Linearization | None:
         inside, problem = self.inside.subset(index), self.problem.subset(index)
         if inside is None or problem is None:
@@ -219,17 +256,16 @@ class VariationalLinearization(Linearization):
     def newton_memory(self, *, cold: bool) -> Tensor | None:
         return self.inside.newton_memory(cold=cold)
 
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        """Fourier model (circular blur) or Jacobi (mask); ``None`` where it saves fewer products than it costs."""
+    def preconditioner(self) -> Preconditioner | None:
+        """A scaled convolution (see ``scaled_convolution``), or the diagonal where that is the whole Hessian's."""
         data, ridge = self.problem.data, self.problem.ridge
-        spectrum, diagonal = data.spectrum(), data.diagonal()
-        if spectrum is not None and hasattr(self.inside, "mean_curvature"):
-            laplacian = _laplacian_spectrum(self.x)
-            symbol = spectrum + ridge + per_sample(self.inside.mean_curvature(), self.x) * laplacian
-            return lambda v: inverse_rfft2(rfft2(v) / symbol, v.shape[-1])
+        coefficient = self.inside.diffusion()
+        if coefficient is not None:
+            return scaled_convolution(coefficient, data, ridge)
+        diagonal = data.diagonal()
         if diagonal is not None and diagonal.dim() > 0 and hasattr(self.inside, "hessian_diagonal"):
             jacobi = diagonal + ridge + self.inside.hessian_diagonal()
-            return lambda v: v / jacobi
+            return Preconditioner(lambda v: v / jacobi)
         return None
 
 
@@ -249,12 +285,9 @@ class _VariationalModel(NewtonModel):
     def hvp(self, v: Tensor) -> Tensor:
         return _with_data_term(self.problem, self.inside.hvp(v), v)
 
+    def preconditioner(self) -> Preconditioner | None:
+        coefficient = self.inside.diffusion()
+        return None if coefficient is None else scaled_convolution(coefficient, self.problem.data, self.problem.ridge)
+
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         return self.inside.advance(d, step)
-
-
-def _laplacian_spectrum(x: Tensor) -> Tensor:
-    """Eigenvalues of the periodic -Laplacian in the rfft2 basis."""
-    rows = torch.fft.fftfreq(x.shape[-2], dtype=x.dtype, device=x.device)
-    columns = torch.fft.rfftfreq(x.shape[-1], dtype=x.dtype, device=x.device)
-    return 4 * ((torch.pi * rows).sin() ** 2)[:, None] + 4 * ((torch.pi * columns).sin() ** 2)[None, :]

@@ -1,6 +1,7 @@
 """Certified hypergradients: two solves, one estimate, its bound and its cost."""
 
 from bilevel_imaging.hypergradients.implicit import CERTIFICATES, hypergradient, loss_interval
+from bilevel_imaging.hypergradients.inexact_ad import inexact_ad
 from bilevel_imaging.hypergradients.layer import BilevelReconstructor, LayerCertificate
 from bilevel_imaging.hypergradients.result import Hypergradient, average
 from bilevel_imaging.hypergradients.unrolled import UNROLLED_METHODS, UnrolledHypergradient, unrolled
@@ -14,6 +15,7 @@ __all__ = [
     "UnrolledHypergradient",
     "average",
     "hypergradient",
+    "inexact_ad",
     "loss_interval",
     "unrolled",
 ]

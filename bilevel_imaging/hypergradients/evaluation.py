@@ -9,20 +9,32 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging import certificates
-from bilevel_imaging.certificates import Bound, Measurements
+from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional, Linearization, Metric
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.linear_solvers import LinearSolution
 from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
+
+# relative rounding of the coefficients from which an energy norm was computed
+ENERGY_SLACK = 1e-2
 
 
 class Point:
     """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``.
 
     ``working`` is a linearization at x for solvers, in the dtype of the data; by default the same as that of the point.
+    ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
     """
 
-    def __init__(self, problem: LowerLevelProblem, loss: LossOracle, x: Tensor, working: Linearization | None = None):
+    def __init__(
+        self,
+        problem: LowerLevelProblem,
+        loss: LossOracle,
+        x: Tensor,
+        working: Linearization | None = None,
+        gradient_energy: Tensor | None = None,
+    ):
         self.problem, self.loss, self.x = problem, loss, x
         self.linearization = problem.linearize(x)
         self.working = self.linearization if working is None else working
@@ -33,6 +45,7 @@ class Point:
         self.rounding = problem.gradient_rounding(x).double() + problem.input_uncertainty(x).double()
         self.measured_grad_norm = norm(self.gradient).double()
         self.grad_norm = self.measured_grad_norm + self.rounding
+        self.gradient_energy = gradient_energy
 
     @property
     def value_reason(self) -> str:
@@ -102,10 +115,46 @@ class Point:
         """Certified bound of ||x - x*||, the smallest available, ``(B,)`` float64; inf if unknown."""
         if self.constants.strong_convexity is None:
             return torch.full_like(self.grad_norm, torch.inf)
-        plain = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
-        if self.metric is None:
+        bound = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
+        if self.metric is not None:
+            bound = torch.minimum(bound, self.metric_grad_norm / self.metric.lowest.sqrt())
+        return torch.minimum(bound, self.energy_distance / self.constants.strong_convexity.double().sqrt())
+
+    def dual_norm(self, v: Tensor) -> Tensor:
+        """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
+        plain = norm(v).double() / self.constants.strong_convexity.double().sqrt()
+        metric = self.problem.metric()
+        if metric is None:
             return plain
-        return torch.minimum(plain, self.metric_grad_norm / self.metric.lowest.sqrt())
+        return torch.minimum(plain, inner(v, metric.inverse(v)).double().clamp(min=0).sqrt() * (1 + 1e-12))
+
+    @cached_property
+    def dual_grad_norm(self) -> Tensor:
+        """||G||_{H^-1} with rounding, ``(B,)`` float64."""
+        size = self.dual_norm(self.gradient)
+        if self.gradient_energy is not None:
+            size = torch.minimum(size, self.gradient_energy)
+        return size + self.rounding / self.constants.strong_convexity.double().sqrt()
+
+    @cached_property
+    def relative_curvature(self) -> Tensor | None:
+        """K on the ball where ``energy_distance`` looks for x*, ``(B,)`` float64; ``None`` if not known."""
+        radius = (certificates.TRIAL_FACTOR * self.dual_grad_norm).clamp(min=1e-150)
+        return self.linearization.relative_curvature(radius, self.constants.strong_convexity.double())
+
+    @cached_property
+    def energy_distance(self) -> Tensor:
+        """Certified bound of ||x - x*||_H, ``(B,)`` float64; inf where the local test fails."""
+        if self.constants.strong_convexity is None or self.relative_curvature is None:
+            return torch.full_like(self.grad_norm, torch.inf)
+        return certificates.energy_distance(self.dual_grad_norm, self.relative_curvature)
+
+    @cached_property
+    def mixed_dual_norms(self) -> Tensor:
+        """||J_j||_{H^-1}, the smaller of what a solve-free bound gives and of the energy's own, ``(B, n)`` float64."""
+        norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
+        own = self.linearization.mixed_energy_norms()
+        return norms if own is None else torch.minimum(norms, own)
 
 
 @dataclass(frozen=True)
@@ -122,6 +171,7 @@ class Estimate:
         component_bounds: ``(B, n)`` or ``None``.
         rounding_share: part of the bound that is due to rounding, ``(B,)``, as a fraction.
         hessian: Lambda_H(q) on the ball around the point, ``(B,)``; 0 if not certified.
+        local: what was measured in the norm of the Hessian, where the energy knows how that changes.
         loss_interval: per sample, two ``(B,)``.
         loss: corrected value per sample, ``(B,)``.
     """
@@ -135,6 +185,7 @@ class Estimate:
     component_bounds: Tensor | None
     rounding_share: Tensor
     hessian: Tensor
+    local: LocalMeasurements | None
     loss: Tensor
     loss_interval: tuple[Tensor, Tensor]
 
@@ -151,7 +202,7 @@ class Estimate:
     def best(self, names: tuple[str, ...]) -> tuple[Tensor, Bound, str]:
         """Smallest of the named bounds for every sample, its parts, and the name that wins most often."""
         totals = torch.stack([self.bounds[name].total for name in names])
-        best, which = totals.nan_to_num(nan=torch.inf).min(0)
+        best, which = totals.nan_to_num(nan=torch.inf, posinf=torch.inf).min(0)
         parts = [
             torch.stack([getattr(self.bounds[name], part) for name in names]).gather(0, which.unsqueeze(0))[0]
             for part in ("lower", "linear", "remainder")
@@ -159,13 +210,18 @@ class Estimate:
         return best, Bound(*parts), names[int(torch.mode(which).values)]
 
 
-def estimate(point: Point, q: Tensor, *, gradient: bool = True) -> Estimate:
-    """Evaluate -J^T q at the point: one HVP for the residual, then bounds from what was measured.
+def estimate(point: Point, q: Tensor, *, gradient: bool = True, known: LinearSolution | None = None) -> Estimate:
+    """Evaluate -J^T q at the point: one HVP for the residual (unless the solver measured it), then bounds from that.
 
-    With ``gradient=False`` only the loss interval is evaluated (``grad`` and ``bounds`` stay empty).
+    With ``gradient=False`` only the loss interval is evaluated (``grad`` and ``bounds`` stay empty). ``known`` is the
+    linear solve that ended with this residual; a bound of its energy norm is used if there is one.
     """
-    product = point.linearization.hvp(q)
-    residual = point.loss_grad - product
+    if known is not None and known.residual is not None and point.working is point.linearization:
+        residual = known.residual  # as measured by the solver, in the dtype of the evaluation
+        product = point.loss_grad - residual
+    else:
+        product = point.linearization.hvp(q)
+        residual = point.loss_grad - product
     unit = 8 * torch.finfo(q.dtype).eps
     q_norm = norm(q).double()
     smoothness = point.constants.smoothness
@@ -183,13 +239,16 @@ def estimate(point: Point, q: Tensor, *, gradient: bool = True) -> Estimate:
         component_bounds=None,
         rounding_share=torch.zeros_like(measured),
         hessian=torch.zeros_like(measured),
+        local=None,
         loss=point.loss_value - inner(q, point.gradient).double(),
         loss_interval=(torch.full_like(measured, -torch.inf), torch.full_like(measured, torch.inf)),
     )
     if point.value_reason or (gradient and point.reason):
         return partial
     hessian, along = _along(point, q, q_norm)
-    partial = replace(partial, hessian=hessian, loss_interval=_loss_interval(partial, hessian))
+    local = _local(point, q, product, residual, rounding, known)
+    partial = replace(partial, hessian=hessian, local=local)
+    partial = replace(partial, loss_interval=_loss_interval(partial, hessian))
     return _certify(partial, q_norm, measured, along) if gradient else partial
 
 
@@ -258,6 +317,9 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     }
     if point.metric is not None:
         bounds["metric"] = _metric_bound(e, m, e.residual_norm - measured, mixed)
+    local_components = None
+    if e.local is not None:
+        bounds["local"], local_components = certificates.local(e.local)
     # derivatives are off by the same relative amount as the parameters and filters they were computed from
     representation = point.problem.relative_uncertainty * m.mixed_norm * q_norm
     bounds = {name: replace(b, remainder=b.remainder + representation) for name, b in bounds.items()}
@@ -268,11 +330,40 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
             for j, along_j in enumerate(along.mixed_components.double().unbind(1))
         ]
         components = torch.stack(each, 1) + representation.unsqueeze(1)
+    if local_components is not None:
+        local_components = local_components + representation.unsqueeze(1)
+        components = local_components if components is None else torch.minimum(components, local_components)
     return replace(
         e,
         bounds=bounds,
         component_bounds=components,
         rounding_share=_rounding_share(m, bounds["directional"], point, measured, hessian, mixed),
+    )
+
+
+def _local(
+    point: Point, q: Tensor, product: Tensor, residual: Tensor, rounding: Tensor, known: LinearSolution | None
+) -> LocalMeasurements | None:
+    """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes."""
+    mu = point.constants.strong_convexity.double()
+    change = point.linearization.local_change(q, point.energy_distance.clamp(max=1e150), mu)
+    if change is None or point.columns is None:
+        return None
+    dual = point.dual_norm(residual)
+    if known is not None and known.energy_norm is not None:
+        off = point.dual_norm(residual - known.residual.to(residual.dtype))
+        dual = torch.minimum(dual, known.energy_norm.double() * (1 + ENERGY_SLACK) + off)
+    return LocalMeasurements(
+        distance=point.energy_distance,
+        curvature=point.relative_curvature,
+        residual_norm=dual + rounding / mu.sqrt(),
+        mixed_norms=point.mixed_dual_norms,
+        slopes=change.slopes,
+        hessian=change.hessian,
+        adjoint_energy=change.energy,
+        adjoint_norm=inner(q, product).double().clamp(min=0).sqrt() * (1 + 1e-10) + rounding / mu.sqrt(),
+        loss_smoothness=torch.full_like(mu, float(point.loss.smoothness)),
+        strong_convexity=mu,
     )
 
 
@@ -308,6 +399,9 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
     plain_lower, plain_upper = certificates.corrected_value_interval(
         point.loss_value, distance, loss_grad_norm, smoothness, torch.zeros_like(hessian), convex
     )
+    if e.local is not None:
+        local_lower, local_upper = certificates.local_value_interval(e.local, e.loss, convex)
+        lower, upper = torch.maximum(lower, local_lower - off), torch.minimum(upper, local_upper + off)
     # rounding of sums over many pixels, on the generous side: nothing acts on a relative 1e-10 of the loss
     relative = max(16 * torch.finfo(e.q.dtype).eps, 1e-10)
     unit = relative * (point.loss_value.abs() + norm(e.q).double() * point.grad_norm)

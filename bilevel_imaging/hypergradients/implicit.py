@@ -19,13 +19,16 @@ from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.tensors import as_per_sample, norm
 
-CERTIFICATES = ("auto", "classical", "directional", "metric", "polished")
-MAX_CORRECTIONS = 8
+CERTIFICATES = ("auto", "classical", "directional", "metric", "local", "polished")
+MAX_CORRECTIONS = 10
 # with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
-FIRST_ERROR, FIRST_RESIDUAL = 2e-5, 0.05
+FIRST_ERROR, FIRST_RESIDUAL = 3e-4, 0.5
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
+# its own error is then measured by a still better estimate, whose bound is at most VERIFIED_SHARE of their distance and
+# VERIFYING_STEP of the bound before
+VERIFIED_SHARE, VERIFYING_STEP = 0.4, 1e-2
 
 
 def hypergradient(
@@ -55,7 +58,7 @@ def hypergradient(
         loss: ``loss(x, x_true) -> (B,)``; certified if it declares ``smoothness``.
         x_true: ground truth, ``(B, *image)``.
         lower: lower-level solver; ``None`` for Newton-CG.
-        linear: linear solver; ``None`` for conjugate gradients.
+        linear: linear solver; ``None`` for conjugate gradients with the preconditioner of the energy.
         error_tol: lower-level accuracy, float or ``(B,)``; ``None`` with ``residual_tol`` given balances the two.
         residual_tol: linear accuracy, float or ``(B,)``; ``None`` with ``error_tol`` given balances the two.
         relative: instead of tolerances: refine both until bound <= relative * ||h||.
@@ -63,8 +66,8 @@ def hypergradient(
         x0: warm start of x, ``(B, *image)``.
         q0: warm start of q.
         certificate: "classical", "directional", "metric", "polished" (Newton corrections until the estimate is
-            certified to 1 % and the bound of the estimate before them is nearly exact), or "auto" (the smallest
-            that the work already done gives).
+            certified to 1 % and both its error and that of the estimate before them are known almost exactly), or
+            "auto" (the smallest that the work already done gives).
         max_rounds: limit of refinement rounds with ``relative``.
 
     Raises:
@@ -73,20 +76,20 @@ def hypergradient(
     _check_request(problem, certificate, error_tol, residual_tol, relative, bound_tol)
     start, before = time.perf_counter(), problem.cost.copy()
     oracle = LossOracle(loss, x_true, problem.shape)
-    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear or ConjugateGradient())
-    names = ("classical", "directional", "metric") if certificate in ("auto", "polished") else (certificate,)
-    polished_from = None
+    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear or ConjugateGradient(preconditioner="auto"))
+    names = ("classical", "directional", "metric", "local") if certificate in ("auto", "polished") else (certificate,)
+    polished_from, verifier = None, None
     reason = ""
     if relative is None and bound_tol is None:
         current = _solve_at(refiner, x0, q0, error_tol, residual_tol)
         if certificate == "polished":
             polished_from = current
-            current = _polish(refiner, current, names)
+            current, verifier = _polish(refiner, current, names)
     else:
         goal = _Goal(relative, bound_tol)
         current, reason = _refine(refiner, x0, q0, goal, names, max_rounds)
     cost = problem.cost - before + Cost(seconds=time.perf_counter() - start)
-    return _result(refiner, current, polished_from, names, certificate, reason, cost)
+    return _result(refiner, current, polished_from, verifier, names, reason, cost)
 
 
 @dataclass(frozen=True)
@@ -155,26 +158,43 @@ def _total(current: Estimate, names: tuple[str, ...]) -> float:
     return total if total == total else float("inf")
 
 
-def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> Estimate:
-    """Newton corrections of x, each followed by a correction of q, until the certificate is tight on both sides."""
+def _distance(a: Estimate, b: Estimate) -> float:
+    return float((a.flat - b.flat).norm())
+
+
+def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[Estimate, Estimate]:
+    """Newton corrections of x, each followed by one of q; the estimate to report, and a better one that measures it.
+
+    The first corrections go on until the estimate is certified to ``POLISHED_RELATIVE``; the others until the
+    distance to the last estimate tells its error from both sides. Where that can't be had the two are the same.
+    """
     if first.point.reason:
         point = refiner.newton_step(first.point, 0.1)
         residual_tol = 0.1 * norm(first.residual).double().clamp(max=float(norm(point.loss_grad).max()))
-        return estimate(point, refiner.correct_adjoint(point, first.q, residual_tol))
+        only = refiner.correct_adjoint(point, first, residual_tol)
+        return only, only
     names = _available(first, names)
-    best, best_bound = first, _total(first, names)
-    current, goal = first, POLISHED_RELATIVE * first.norm
+    current, bound = first, _total(first, names)
+    answer, goal = None, POLISHED_RELATIVE * first.norm
     for _ in range(MAX_CORRECTIONS):
-        current = refiner.improve(current, goal, newton=True, names=names)
-        bound = _total(current, names)
-        moved = float((current.flat - first.flat).norm())
-        goal = min(POLISHED_RELATIVE * current.norm, POLISHED_SHARE * moved)
-        improved = bound < 0.7 * best_bound
-        if bound < best_bound or best is first:
-            best, best_bound = current, bound
-        if bound <= goal or not improved:
+        better = refiner.improve(current, goal, newton=True, names=names)
+        better_bound = _total(better, names)
+        improved = better_bound < 0.7 * bound
+        if better_bound < bound or current is first:
+            current, bound = better, better_bound
+        if answer is None:
+            enough = min(POLISHED_RELATIVE * current.norm, POLISHED_SHARE * _distance(current, first))
+            if bound <= enough:
+                answer, goal = current, VERIFYING_STEP * bound
+            else:
+                goal = enough
+        elif bound <= VERIFIED_SHARE * _distance(current, answer):
+            return answer, current
+        else:
+            goal = min(VERIFYING_STEP * bound, 0.8 * VERIFIED_SHARE * _distance(current, answer))
+        if not improved:
             break
-    return best
+    return current, current
 
 
 def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tuple[Estimate, str]:
@@ -182,9 +202,8 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     problem = refiner.problem
     start = problem.initial() if x0 is None else x0
     size = norm(start).clamp(min=1e-3)
-    loss_size = norm(refiner.loss.grad(start)).clamp(min=1e-12)
     fraction = 0.1 if goal.relative is None else min(goal.relative, 1.0)
-    current = refiner.solve(x0, q0, FIRST_ERROR * fraction * size, FIRST_RESIDUAL * fraction * loss_size)
+    current = refiner.solve(x0, q0, FIRST_ERROR * fraction * size, FIRST_RESIDUAL * fraction**0.5, relative=True)
     if current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     names = _available(current, names)
@@ -212,35 +231,39 @@ def _obstacle(refiner: Refiner, best: Estimate, stalled: int) -> str:
     return "max_rounds refinements were used up"
 
 
-def _result(refiner, current: Estimate, polished_from, names, certificate, reason, cost) -> Hypergradient:
+def _result(refiner, current: Estimate, polished_from, verifier, names, reason, cost) -> Hypergradient:
     names = _available(current, names)
     problem, batch = refiner.problem, current.q.shape[0]
     bound = _total(current, names)
     certified = bound < float("inf")
-    not_certified = current.point.reason or ("" if certified else "the bound is not finite")
+    not_certified = current.point.reason or ("" if certified else _why_infinite(names))
     if names:
         sample_bounds, parts, name = current.best(names)
-        terms = _terms(sample_bounds, parts, current.rounding_share, bound)
     else:
         sample_bounds, name = torch.full((batch,), torch.inf, dtype=torch.float64, device=current.q.device), "none"
-        terms = dict.fromkeys(("lower", "linear", "remainder", "rounding"), float("inf"))
-    before_polish = None
+        parts = None
+    before_polish = verified_by = None
     if polished_from is not None:
-        before_polish = (polished_from.grad, float((current.flat - polished_from.flat).norm()) + bound)
-    lower, upper = (float(end.mean()) for end in current.loss_interval)
+        best_bound = _total(verifier, names)
+        before_polish = (polished_from.grad, _distance(verifier, polished_from) + best_bound)
+        if verifier is not current:
+            verified_by = (verifier.grad, best_bound)
+            bound = min(bound, _distance(verifier, current) + best_bound)
+    lower, upper = (float(end.mean()) for end in (current if verifier is None else verifier).loss_interval)
     x = current.point.x.to(problem.dtype)
     return Hypergradient(
         grad=current.grad,
         bound=bound,
-        component_bounds=_components(current, problem) if certified else None,
+        component_bounds=_components(current, verifier, problem) if certified else None,
         relative_bound=bound / current.norm if current.norm > 0 else float("inf"),
         certified=certified,
         reason=f"not certified: {not_certified}" if not_certified else reason,
         certificate="polished" if polished_from is not None and certified else name,
         bounds={n: float(b.total.mean()) for n, b in current.bounds.items()},
         before_polish=before_polish,
-        terms=terms,
-        loss=min(max(float(current.loss.mean()), lower), upper),
+        verified_by=verified_by,
+        terms=_terms(sample_bounds, parts, current.rounding_share, bound),
+        loss=min(max(float((current if verifier is None else verifier).loss.mean()), lower), upper),
         loss_interval=(lower, upper),
         sample_bounds=sample_bounds,
         x=x,
@@ -257,22 +280,30 @@ def _result(refiner, current: Estimate, polished_from, names, certificate, reaso
     )
 
 
+def _why_infinite(names: tuple[str, ...]) -> str:
+    if names == ("local",):
+        return "too far from the minimizer for the local certificate; reduce error_tol or choose certificate='auto'"
+    return "the bound is not finite"
+
+
 def _terms(sample_bounds: Tensor, parts, rounding_share: Tensor, bound: float) -> dict[str, float]:
+    names = ("lower", "linear", "remainder", "rounding")
+    if not bound < float("inf"):
+        return dict.fromkeys(names, float("inf"))
     exact = 1 - rounding_share
-    raw = {
-        "lower": float((parts.lower * exact).mean()),
-        "linear": float((parts.linear * exact).mean()),
-        "remainder": float((parts.remainder * exact).mean()),
-        "rounding": float((sample_bounds * rounding_share).mean()),
-    }
-    total = sum(raw.values())
-    return {name: value * bound / total if total > 0 else 0.0 for name, value in raw.items()}
+    each = (parts.lower * exact, parts.linear * exact, parts.remainder * exact, sample_bounds * rounding_share)
+    raw = [float(value.mean()) for value in each]
+    total = sum(raw)
+    return {name: value * bound / total if total > 0 else 0.0 for name, value in zip(names, raw, strict=True)}
 
 
-def _components(current: Estimate, problem: LowerLevelProblem) -> dict[str, Tensor] | None:
+def _components(current: Estimate, verifier: Estimate | None, problem: LowerLevelProblem) -> dict[str, Tensor] | None:
     if current.component_bounds is None:
         return None
-    pieces = current.component_bounds.mean(0).split([p.numel() for p in problem.theta.values()])
+    each = current.component_bounds.mean(0)
+    if verifier is not None and verifier is not current and verifier.component_bounds is not None:
+        each = torch.minimum(each, (current.flat - verifier.flat).abs() + verifier.component_bounds.mean(0))
+    pieces = each.split([p.numel() for p in problem.theta.values()])
     return {name: b.reshape(p.shape) for (name, p), b in zip(problem.theta.items(), pieces, strict=True)}
 
 

@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients.evaluation import Estimate, Point, estimate
+from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, Point, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.tensors import norm, per_sample
+from bilevel_imaging.tensors import inner, norm, per_sample
 
 # a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
 LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
-# of the bound aimed at, this part goes to the lower level and this part to the adjoint
-LOWER_SHARE, LINEAR_SHARE = 0.5, 0.3
+# of the bound aimed at, this part goes to the lower level, which is good enough below the limit; the rest is the
+# adjoint's
+LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
+OPTIMISM = 1.0
+# curvature times distance from which the local certificate is nearly linear in the distance
+NEAR = 0.2
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
 FLOAT32_RELATIVE = 1e-5
 
@@ -33,17 +37,28 @@ class Refiner:
         exact = problem.double()
         self.problem, self.loss, self.lower, self.linear = problem, loss, lower, linear
         self.exact = problem if exact is None else exact
-        self.newton_solver = ConjugateGradient()
+        self.newton_solver = ConjugateGradient(preconditioner="auto")
         self.lower_solution: LowerSolution | None = None
         self.linear_solution: LinearSolution | None = None
+        self.resumable: tuple[Estimate, LinearSolution] | None = None
 
-    def solve(self, x0: Tensor | None, q0: Tensor | None, error_tol: Tensor | float, residual_tol: Tensor) -> Estimate:
-        """Both solves from scratch at fixed accuracies, then one evaluation."""
+    def solve(
+        self,
+        x0: Tensor | None,
+        q0: Tensor | None,
+        error_tol: Tensor | float,
+        residual_tol: Tensor | float,
+        *,
+        relative: bool = False,
+    ) -> Estimate:
+        """Both solves from scratch at fixed accuracies, then one evaluation; ``relative``: residual_tol ||grad f||."""
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
         point = self.point(self.lower_solution.x)
         rhs = self.loss.grad(self.lower_solution.x)
+        residual_tol = residual_tol * norm(rhs) if relative else residual_tol
         self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
-        return estimate(point, self.linear_solution.q.to(self.exact.dtype))
+        result = estimate(point, self.linear_solution.q.to(self.exact.dtype), known=self.linear_solution)
+        return self._resumable(result, self.linear_solution)
 
     def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
@@ -52,17 +67,38 @@ class Refiner:
         working = self.problem.linearize(x.to(self.problem.dtype))
         return Point(self.exact, self.loss, x.to(self.exact.dtype), working)
 
+    @staticmethod
+    def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:
+        """Bound of ||G_new||_{H_new^-1}: G_new = -r + (what the Hessian's change along s adds), r the residual of the
+        Newton system, whose energy norm conjugate gradients know; along s the Hessian changes by exp(kappa) at most."""
+        if step.energy_norm is None or old.constants.strong_convexity is None:
+            return None
+        residual = step.residual.to(old.x.dtype)
+        length = inner(new.x - old.x, -old.gradient - residual).double().clamp(min=0).sqrt() * (1 + 1e-6)
+        curvature = old.linearization.relative_curvature(
+            length.clamp(min=1e-300), old.constants.strong_convexity.double()
+        )
+        if curvature is None:
+            return None
+        kappa = curvature * length
+        change = new.dual_norm(new.gradient + residual)
+        return (kappa / 2).exp() * step.energy_norm.double() * (1 + ENERGY_SLACK) + change
+
     def newton_step(self, point: Point, factor: Tensor | float) -> Point:
         """The point x + s with H s = -G solved to ``factor`` of ||G||; samples whose gradient does not shrink are
         solved by the globally convergent Newton-CG instead."""
         rhs = -point.gradient
         tol = self._attainable(factor * norm(rhs), rhs)
-        step = self.newton_solver.solve(point.working, rhs.to(self.problem.dtype), tol.to(self.problem.dtype))
+        # the gradient at the new point is measured: the residual of the system need not be checked
+        step = self.newton_solver._solve(
+            point.working, rhs.to(self.problem.dtype), tol.to(self.problem.dtype), check=False
+        )
         x = point.x + step.q.to(point.x.dtype)
         new = self.point(x)
         worse = new.measured_grad_norm > 0.9 * point.measured_grad_norm
         worse &= point.measured_grad_norm > 4 * point.rounding
         if not bool(worse.any()):
+            new.gradient_energy = self._gradient_energy(point, step, new)
             return new
         target = torch.where(worse, 0.3 * point.distance, torch.full_like(point.distance, torch.inf))
         if not bool(torch.isfinite(target[worse]).all()):
@@ -85,17 +121,28 @@ class Refiner:
         self.lower_solution = solution
         return self.point(solution.x)
 
-    def correct_adjoint(self, point: Point, q: Tensor, residual_tol: Tensor) -> Tensor:
-        """q + c with H c = grad f - H q solved to ``residual_tol`` ``(B,)`` by the user's linear solver."""
-        residual = point.loss_grad - point.linearization.hvp(q)
+    def correct_adjoint(self, point: Point, current: Estimate, residual_tol: Tensor) -> Estimate:
+        """The estimate at ``point`` with q + c, H c = grad f - H q solved to ``residual_tol`` ``(B,)`` by the user's
+        linear solver."""
+        same = point is current.point
+        if same and self.resumable is not None and self.resumable[0] is current:
+            solution, rhs = self.resumable[1], point.loss_grad.to(self.problem.dtype)
+            if self.exact is self.problem or bool((residual_tol >= FLOAT32_RELATIVE * norm(rhs)).all()):
+                solution = self.linear.resume(point.working, rhs, solution, residual_tol.to(rhs.dtype))
+                self.linear_solution = solution
+                return self._resumable(estimate(point, solution.q.to(current.q.dtype), known=solution), solution)
+        residual = current.residual if same else point.loss_grad - point.linearization.hvp(current.q)
         residual_tol = self._attainable(residual_tol.to(residual.dtype), residual)
-        solution = self.linear.solve(
-            point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype)
-        )
-        if self.linear_solution is not None:
-            solution = replace(solution, iterations=solution.iterations + self.linear_solution.iterations)
-        self.linear_solution = solution
-        return q + solution.q.to(q.dtype)
+        latest = self.linear.solve(point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
+        before = self.linear_solution
+        iterations = latest.iterations if before is None else latest.iterations + before.iterations
+        self.linear_solution = replace(latest, iterations=iterations)
+        return estimate(point, current.q + latest.q.to(current.q.dtype), known=latest)
+
+    def _resumable(self, result: Estimate, solution: LinearSolution) -> Estimate:
+        """Remember the solve behind an estimate, so that it can go on instead of starting again."""
+        self.resumable = (result, solution)
+        return result
 
     def _attainable(self, tol: Tensor, rhs: Tensor) -> Tensor:
         if self.problem.dtype == torch.float64:
@@ -113,18 +160,39 @@ class Refiner:
         """
         _, parts, _ = current.best(names)
         point = current.point
-        lower_part = parts.lower + parts.remainder
-        needed = LOWER_SHARE * goal / lower_part.clamp(min=1e-300)
-        if newton or bool((needed < 1).any()):
-            factor = needed.clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
-            if newton:
-                point = self.newton_step(point, factor)
+        # the remainder is mostly a product of both errors: it shrinks with the adjoint's
+        lower_part = parts.lower + parts.remainder * (goal / parts.linear.clamp(min=1e-300)).clamp(max=1.0)
+        # below its limit the lower level is left alone, and the adjoint gets what is left of the goal
+        enough = (lower_part <= LOWER_LIMIT * goal) | (lower_part.mean() <= LOWER_LIMIT * goal)
+        factor = LOWER_SHARE * goal / lower_part.clamp(min=1e-300)
+        slope = parts.linear / current.residual_norm.clamp(min=1e-300)
+        near = newton
+        if "local" in names and current.local is not None:
+            wanted, slope = self._local_targets(current, goal)
+            factor, near = wanted / point.dual_grad_norm.clamp(min=1e-300), newton or self._is_near(point)
+        if newton or not bool(enough.all()):
+            if near:
+                point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
             else:
-                error_tol = torch.where(needed < 1, point.distance * factor, point.distance * (1 + 1e-6))
-                point = self.solve_lower(point, error_tol)
-        mu = point.constants.strong_convexity.double()
-        wanted = LINEAR_SHARE * goal * mu / point.mixed_norm.double().clamp(min=1e-300)
-        # solving the adjoint far below what the lower-level error does to it would be wasted
-        useless = 0.2 * (float(point.loss.smoothness) + current.hessian) * point.distance
-        q = self.correct_adjoint(point, current.q, torch.maximum(wanted, useless))
-        return estimate(point, q)
+                target = torch.where(enough, point.distance * (1 + 1e-6), factor * point.distance)
+                point = self.solve_lower(point, target)
+        left = goal - torch.where(enough, lower_part.mean().clamp(max=LOWER_LIMIT * goal), LOWER_SHARE * goal)
+        return self.correct_adjoint(point, current, OPTIMISM * left / slope.clamp(min=1e-300))
+
+    @staticmethod
+    def _is_near(point: Point) -> bool:
+        """Whether every sample is where Newton's method converges quadratically, by the local certificate."""
+        return bool(point.energy_distance.isfinite().all())
+
+    @staticmethod
+    def _local_targets(current: Estimate, goal: float) -> tuple[Tensor, Tensor]:
+        """||G||_{H^-1} at which the local bound meets its share of the goal, and that bound per unit of residual."""
+        m, point = current.local, current.point
+        radius = torch.full_like(m.strong_convexity, 1e-100)
+        change = point.linearization.local_change(current.q, radius, m.strong_convexity)
+        curvature = point.linearization.relative_curvature(radius, m.strong_convexity)
+        size = m.mixed_norms.norm(dim=1)
+        per_distance = size * (m.loss_smoothness / m.strong_convexity + change.hessian)
+        per_distance = per_distance + m.slopes.norm() * change.energy
+        wanted = torch.minimum(LOWER_SHARE * goal / per_distance.clamp(min=1e-300), NEAR / curvature.clamp(min=1e-300))
+        return wanted, size * m.residual_norm / current.residual_norm.clamp(min=1e-300)

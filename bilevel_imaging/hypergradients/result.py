@@ -24,10 +24,13 @@ class Hypergradient:
         relative_bound: bound / ||grad||.
         certified: whether ``bound`` is finite and rests on true constants only.
         reason: why not, in words; empty if certified.
-        certificate: which bound it is: "classical", "directional", "metric" or "polished".
+        certificate: which bound it is: "classical", "directional", "metric", "local" or "polished".
         bounds: every bound that was evaluated, by name (for comparison; ``bound`` is the one in force).
         before_polish: the estimate before the Newton correction and its bound ||h - h_N|| + B_N, nearly exact;
             ``None`` when no correction was made.
+        verified_by: with certificate "polished", a still better estimate with its bound; ``bound`` is the distance to
+        it
+            plus that bound, which tells the error of ``grad`` from both sides. ``None`` where it could not be had.
         terms: where the bound comes from: "lower", "linear", "remainder", "rounding"; they add up to ``bound``.
         loss: estimate of F (corrected value).
         loss_interval: certified F_lo <= F <= F_hi; (-inf, inf) if not certified.
@@ -48,6 +51,7 @@ class Hypergradient:
     certificate: str
     bounds: dict[str, float]
     before_polish: tuple[dict[str, Tensor], float] | None
+    verified_by: tuple[dict[str, Tensor], float] | None = None
     terms: dict[str, float]
     loss: float
     loss_interval: tuple[float, float]

@@ -1,50 +1,25 @@
-"""Reverse-mode differentiation through the iterations of a first-order solver: the reference, exact for x_K."""
+"""Reverse-mode differentiation through the iterations of a first-order method: the reference, exact for x^K."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.lower_solvers import AcceleratedGradient, GradientDescent, HeavyBall
-from bilevel_imaging.tensors import per_sample
+from bilevel_imaging.hypergradients._first_order import (
+    UNROLLED_METHODS,
+    Request,
+    ReverseSweep,
+    UnrolledHypergradient,
+    finish,
+)
 
-UNROLLED_METHODS: dict[str, Any] = {
-    "gradient_descent": GradientDescent,
-    "heavy_ball": HeavyBall,
-    "accelerated_gradient": AcceleratedGradient,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnrolledHypergradient:
-    """d/dtheta of mean_i f_i(x_i^K(theta)): exact for the K-th iterate, of unknown distance to dF/dtheta.
-
-    Attributes:
-        grad: by parameter name.
-        loss: mean_i f_i(x_i^K).
-        x: x^K, ``(B, *image)``.
-        certified: always False.
-        reason: why, in words.
-        cost: gradients of the forward sweep; the reverse sweep's products are counted as one HVP and one mixed
-            product per step and sample.
-    """
-
-    grad: dict[str, Tensor]
-    loss: float
-    x: Tensor
-    certified: bool
-    reason: str
-    cost: Cost
+__all__ = ["UNROLLED_METHODS", "UnrolledHypergradient", "unrolled"]
 
 
+@torch.no_grad()
 def unrolled(
     problem: LowerLevelProblem,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -54,62 +29,49 @@ def unrolled(
     steps: int = 60,
     x0: Tensor | None = None,
     segment: int = 0,
+    certify: bool = False,
 ) -> UnrolledHypergradient:
-    """Differentiate ``steps`` iterations of a first-order method (Ehrhardt & Roberts 2023, Section 2).
+    """d/dtheta of mean_i f_i(x_i^K(theta)) for K iterations (Ehrhardt & Roberts 2023, Section 2).
+
+    The reverse sweep is written out: one HVP and one product with J per step and sample, at the point where the step
+    took its gradient; nothing is recorded by autograd. Step sizes count as constants, x0 is not differentiated.
+
+    With ``certify=True`` the result is compared with h = -J(x^K)^T q for the q that the sweep accumulates:
+    ||grad - dF/dtheta|| <= ||grad - h|| + (a posteriori bound of h).
 
     Args:
         problem: the batch; its constants must be known.
         loss: ``loss(x, x_true) -> (B,)``.
         x_true: ground truth, ``(B, *image)``.
-        method: "gradient_descent", "heavy_ball" or "accelerated_gradient".
+        method: "gradient_descent", "heavy_ball", "accelerated_gradient" (varying momentum: strongly convex FISTA) or
+            "nesterov" (constant momentum).
         steps: number K >= 1 of iterations.
-        x0: start; ``None`` for ``problem.initial()``. Not differentiated.
+        x0: start; ``None`` for ``problem.initial()``.
         segment: if positive, only every ``segment``-th iterate is kept and the rest is recomputed in the reverse
             sweep: memory O(K / segment + segment) instead of O(K), one more gradient per step.
+        certify: whether to evaluate the bound, in float64 where the problem allows it.
 
     Raises:
-        ValueError: unknown method, steps < 1, or constants that are not known.
+        ValueError: unknown method, steps < 1, segment < 0, no parameters, shapes that do not fit, constants that are
+            not known.
     """
-    if method not in UNROLLED_METHODS:
-        raise ValueError(f"Unknown method {method!r}. Choose from {sorted(UNROLLED_METHODS)}.")
-    if steps < 1:
-        raise ValueError(f"Expected steps >= 1. Got {steps}.")
-    constants = problem.constants().to(problem.dtype)
-    mu, smoothness = constants.strong_convexity, constants.smoothness
-    if mu is None or smoothness is None:
-        raise ValueError(f"Unrolling needs step sizes from mu and L. {constants.reason or 'L is not known'}.")
-    started, before = time.perf_counter(), problem.cost.copy()
-    solver = UNROLLED_METHODS[method]
-    x = (problem.initial() if x0 is None else x0).detach()
-
-    def run(x: Tensor, previous: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        for k in range(first, last):
-            step, momentum = (per_sample(torch.as_tensor(a, dtype=x.dtype).expand(len(x)), x)
-                              for a in solver.schedule(mu, smoothness, k))  # fmt: skip
-            ahead = x + momentum * (x - previous)
-            at = ahead if solver.extrapolates_gradient else x
-            x, previous = ahead - step * problem.grad(at), x
-        return x, previous
-
-    with torch.enable_grad():
-        previous = x
-        for first in range(0, steps, segment or steps):
-            last = min(steps, first + (segment or steps))
-            if segment:
-                x, previous = checkpoint(run, x, previous, first, last, use_reentrant=False)
-            else:
-                x, previous = run(x, previous, first, last)
-        value = loss(x, x_true.to(x.dtype)).mean()
-        names = list(problem.theta)
-        grads = torch.autograd.grad(value, [problem.theta[n] for n in names], allow_unused=True)
-    cost = problem.cost - before
-    sweep = steps * x.shape[0]
-    cost = cost + Cost(hvps=sweep, mixed_products=sweep, seconds=time.perf_counter() - started)
-    return UnrolledHypergradient(
-        grad={n: torch.zeros_like(problem.theta[n]) if g is None else g for n, g in zip(names, grads, strict=True)},
-        loss=float(value.detach()),
-        x=x.detach(),
-        certified=False,
-        reason=f"not certified: {steps} unrolled steps, distance to the minimizer not used",
-        cost=cost,
-    )
+    request = Request.check(problem, loss, x_true, method, steps, x0)
+    if segment < 0:
+        raise ValueError(f"Expected segment >= 0, 0 to keep every iterate. Got {segment}.")
+    coefficients = request.method.coefficients(problem, steps)
+    length = segment or steps
+    segments = [coefficients[first : first + length] for first in range(0, steps, length)]
+    x = previous = request.x0
+    starts: list[tuple[Tensor, Tensor]] = []
+    points: list[Tensor] = []
+    for part in segments:
+        starts.append((x, previous))
+        x, previous, points = request.advance(x, previous, part)
+    sweep = ReverseSweep(request.method, problem.theta, request.loss.grad(x))
+    while starts:
+        start, part = starts.pop(), segments.pop()
+        if not points:  # those of the last segment are still in memory
+            *_, points = request.advance(*start, part)
+        while points:
+            sweep.step(problem.linearize(points.pop()), part.pop())
+    return finish(request, x, sweep, what=f"{steps} unrolled steps", certify=certify)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.linear_solvers.base import LinearSolution, LinearSolver
 from bilevel_imaging.tensors import as_per_sample, binary_scale, inner, norm, per_sample, squared_norm
 
-Preconditioner = Callable[[Tensor], Tensor] | Literal["auto"] | None
+PreconditionerChoice = Callable[[Tensor], Tensor] | Literal["auto"] | None
 
 RUNNING, DONE, MAX_ITER, STAGNATED, INDEFINITE, NOT_FINITE = range(6)
 _REASONS = ("running", "converged", "max_iter", "stagnated", "not positive definite", "not finite")
@@ -39,6 +39,7 @@ class Systems:
         b, q, r: right-hand side, iterate, residual b - H q as the recurrence knows it, ``(A, *image)``.
         tol, target: the tolerance asked for, and the residual at which the recurrence stops, ``(A,)``.
         residual: ||r||, ``(A,)``.
+        energy: bound of ||r||_{H^-1} from the recurrence, ``(A,)``; inf where it gives none.
         status, iterations: int64 ``(A,)``.
     """
 
@@ -48,6 +49,7 @@ class Systems:
     tol: Tensor
     target: Tensor
     residual: Tensor
+    energy: Tensor
     status: Tensor
     iterations: Tensor
 
@@ -77,7 +79,7 @@ class Systems:
 class Operator:
     """The Hessians of the samples in the working batch, and the preconditioner that goes with them."""
 
-    def __init__(self, linearization: Linearization, preconditioner: Preconditioner):
+    def __init__(self, linearization: Linearization, preconditioner: PreconditionerChoice):
         self.linearization = linearization
         self._given = preconditioner
         self.precondition = linearization.preconditioner() if preconditioner == "auto" else preconditioner
@@ -107,11 +109,12 @@ class Recurrence(abc.ABC):
     """The vectors of one method; every tensor attribute has the samples of the working batch in front.
 
     ``step`` advances ``systems.q``, ``.r`` and ``.residual`` of the ``running`` samples with one product and leaves
-    the bits of the other iterates alone. ``everyone`` says that all samples run (known on the CPU only, where it is
-    free to ask): masks can be left out then.
+    the bits of the other iterates alone. ``memory`` names the attributes from which a run can be resumed.
+    ``everyone`` says that all samples run (known on the CPU only, where it is free to ask): masks can be left out then.
     """
 
     everyone = False
+    memory: tuple[str, ...] = ()
 
     def __init__(self, operator: Operator, systems: Systems):
         self.systems = systems
@@ -125,6 +128,20 @@ class Recurrence(abc.ABC):
             if isinstance(value, Tensor):
                 setattr(self, name, value[index])
         self.systems = systems
+
+    def save(self, index: Tensor | None, saved: dict[str, Tensor]) -> None:
+        """Write what ``memory`` names into ``saved``, at the samples ``index`` of the whole batch."""
+        for name in self.memory:
+            value = getattr(self, name)
+            if value is not None and index is None:
+                saved[name] = value
+            elif value is not None:
+                saved[name][index] = value
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """The opposite of ``save``."""
+        for name, value in saved.items():
+            setattr(self, name, value.clone())
 
 
 class IterativeSolver(LinearSolver):
@@ -140,7 +157,7 @@ class IterativeSolver(LinearSolver):
     # whether the recurrence computes r as b - H q, in which case there is nothing to check at the end
     residual_is_true: bool
 
-    def __init__(self, *, max_iter: int, preconditioner: Preconditioner = None):
+    def __init__(self, *, max_iter: int, preconditioner: PreconditionerChoice = None):
         if max_iter < 0:
             raise ValueError(f"Expected max_iter >= 0. Got {max_iter}.")
         if not (preconditioner is None or preconditioner == "auto" or callable(preconditioner)):
@@ -177,27 +194,61 @@ class IterativeSolver(LinearSolver):
         operator = Operator(linearization, self.preconditioner)
         scale = binary_scale(rhs)
         systems = _start(operator, rhs.detach(), q0, tol, scale)
+        memory = self._run(operator, systems, limit, None, check=check)
+        return _solution(systems, scale, tol, q0, memory)
+
+    @torch.no_grad()
+    def resume(
+        self, linearization: Linearization, rhs: Tensor, previous: LinearSolution, residual_tol: float | Tensor
+    ) -> LinearSolution:
+        if previous.memory is None or previous.residual is None:
+            return super().resume(linearization, rhs, previous, residual_tol)
+        validate(linearization, rhs, previous.q)
+        tol = as_per_sample(residual_tol, rhs, "residual_tol")
+        operator = Operator(linearization, self.preconditioner)
+        scale = binary_scale(rhs)
+        systems = _resumed(rhs.detach(), previous, tol, scale)
+        memory = self._run(operator, systems, self.max_iter, previous.memory, check=True)
+        solution = _solution(systems, scale, tol, previous.q, memory)
+        return replace(solution, iterations=solution.iterations + previous.iterations)
+
+    def _run(
+        self, operator: Operator, systems: Systems, limit: int, memory: dict[str, Tensor] | None, *, check: bool
+    ) -> dict[str, Tensor] | None:
+        """Iterate, check, and restart the samples whose recursion had drifted; returns what a resumed run needs."""
         # a recursed residual goes on falling below the rounding errors of q; there a restart takes over
-        floor = 0.0 if self.residual_is_true else torch.finfo(rhs.dtype).eps / 8
+        floor = 0.0 if self.residual_is_true else torch.finfo(systems.b.dtype).eps / 8
         while True:
             systems.target = torch.maximum(systems.tol, floor * systems.residual)
             systems.settle(limit)
             entered = systems.status == RUNNING
             if not bool(entered.any()):
                 break
-            q_before, residual_before = systems.q.clone(), systems.residual.clone()
-            iterate(self.recurrence, operator, systems, limit)
+            before = systems.q.clone(), systems.r.clone(), systems.residual.clone()
+            memory = iterate(self.recurrence, operator, systems, limit, memory)
             if check and not self.residual_is_true:
-                _verify(operator, systems, entered, q_before, residual_before)
+                _verify(operator, systems, entered, before)
+                if bool((systems.status == RUNNING).any()):
+                    memory = None
             else:
-                _restore(systems, systems.status == NOT_FINITE, q_before, residual_before)
+                _restore(systems, systems.status == NOT_FINITE, before)
                 break
-        return _solution(systems, scale, tol, q0)
+        return memory
 
 
-def iterate(recurrence: type[Recurrence], operator: Operator, systems: Systems, max_iter: int) -> None:
-    """Advance the running samples of ``systems`` until each has stopped; the batch shrinks when half of it has."""
+def iterate(
+    recurrence: type[Recurrence],
+    operator: Operator,
+    systems: Systems,
+    max_iter: int,
+    memory: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor] | None:
+    """Advance the running samples of ``systems`` until each has stopped; the batch shrinks when half of it has.
+
+    Starts from ``memory`` if given; returns the memory of the whole batch.
+    """
     work, index, state = systems, None, None
+    saved: dict[str, Tensor] = {}
     on_cpu = systems.q.device.type == "cpu"
     can_shrink, unchanged = True, False
     for step in itertools.count():
@@ -214,12 +265,14 @@ def iterate(recurrence: type[Recurrence], operator: Operator, systems: Systems, 
                 if smaller is not None:
                     if index is not None:
                         systems.put(index, work)
+                    if state is None:
+                        state = _begin(recurrence, operator, work, memory)
+                    state.save(index, saved)
                     operator, work = smaller, work.take(kept)
                     index, running = kept if index is None else index[kept], running[kept]
-                    if state is not None:
-                        state.take(kept, work)
+                    state.take(kept, work)
         if state is None:
-            state = recurrence(operator, work)
+            state = _begin(recurrence, operator, work, memory)
         state.everyone = on_cpu and count == running.shape[0]
         state.step(operator, running)
         work.iterations += running
@@ -229,6 +282,18 @@ def iterate(recurrence: type[Recurrence], operator: Operator, systems: Systems, 
             work.settle(max_iter)
     if index is not None:
         systems.put(index, work)
+    if state is not None:
+        state.save(index, saved)
+    return saved or None
+
+
+def _begin(
+    recurrence: type[Recurrence], operator: Operator, systems: Systems, memory: dict[str, Tensor] | None
+) -> Recurrence:
+    state = recurrence(operator, systems)
+    if memory is not None:
+        state.restore(memory)
+    return state
 
 
 def validate(linearization: Linearization, rhs: Tensor, q0: Tensor | None) -> None:
@@ -264,30 +329,62 @@ def _start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale:
     status = torch.where(finite, status, NOT_FINITE)
     residual = torch.where(finite, residual, torch.inf)
     tol = tol / scale
-    return Systems(b, q, r, tol, tol.clone(), residual, status, torch.zeros_like(status))
+    energy = torch.where(residual > 0, torch.full_like(residual, torch.inf), 0.0)
+    return Systems(b, q, r, tol, tol.clone(), residual, energy, status, torch.zeros_like(status))
 
 
-def _verify(operator: Operator, systems: Systems, entered: Tensor, q_before: Tensor, residual_before: Tensor) -> None:
+def _resumed(b: Tensor, previous: LinearSolution, tol: Tensor, scale: Tensor) -> Systems:
+    """Normalized systems where an earlier run left them."""
+    units = per_sample(scale, b)
+    finite = b.isfinite().flatten(1).all(1) & previous.residual_norm.isfinite()
+    b = torch.where(per_sample(finite, b), b / units, 0.0)
+    residual = previous.residual_norm / scale
+    status = torch.where(residual == 0, DONE, RUNNING)
+    status = torch.where(finite, status, NOT_FINITE)
+    return Systems(
+        b,
+        previous.q / units,
+        previous.residual / units,
+        tol / scale,
+        tol / scale,
+        residual,
+        previous.energy_norm / scale,
+        status,
+        torch.zeros_like(status),
+    )
+
+
+def _verify(operator: Operator, systems: Systems, entered: Tensor, before: tuple[Tensor, Tensor, Tensor]) -> None:
     """Replace recursed residuals by true ones; samples whose recursion had drifted are set running again."""
     product = operator.hvp_where(entered, systems.q)
-    systems.r = torch.where(per_sample(entered, product), systems.b - product, systems.r)
+    true_r = torch.where(per_sample(entered, product), systems.b - product, systems.r)
+    mu = operator.linearization.constants.strong_convexity
+    if mu is not None:  # the recurrence has bounded the norm of its own residual
+        systems.energy = systems.energy + norm(true_r - systems.r) / mu.to(systems.energy).sqrt()
+    systems.r = true_r
     true = squared_norm(systems.r).sqrt()
     systems.residual = torch.where(entered, true, systems.residual)
     good = entered & (systems.residual <= systems.tol)
     again = entered & ~good & (systems.status == DONE)
-    gained = systems.residual <= _RESTART_GAIN * residual_before
+    gained = systems.residual <= _RESTART_GAIN * before[2]
     systems.status = torch.where(again, torch.where(gained, RUNNING, STAGNATED), systems.status)
     systems.status = torch.where(good, DONE, systems.status)
-    worse = entered & ~(systems.residual <= residual_before) & (systems.status != MAX_ITER)
-    _restore(systems, worse | (entered & (systems.status == NOT_FINITE)), q_before, residual_before)
+    worse = entered & ~(systems.residual <= before[2]) & (systems.status != MAX_ITER)
+    _restore(systems, worse | (entered & (systems.status == NOT_FINITE)), before)
 
 
-def _restore(systems: Systems, mask: Tensor, q: Tensor, residual: Tensor) -> None:
+def _restore(systems: Systems, mask: Tensor, before: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Go back to (q, r, ||r||) where the mask is set."""
+    q, r, residual = before
     systems.q = torch.where(per_sample(mask, q), q, systems.q)
+    systems.r = torch.where(per_sample(mask, r), r, systems.r)
+    systems.energy = torch.where(mask, torch.inf, systems.energy)
     systems.residual = torch.where(mask, residual, systems.residual)
 
 
-def _solution(systems: Systems, scale: Tensor, tol: Tensor, q0: Tensor | None) -> LinearSolution:
+def _solution(
+    systems: Systems, scale: Tensor, tol: Tensor, q0: Tensor | None, memory: dict[str, Tensor] | None
+) -> LinearSolution:
     q = systems.q * per_sample(scale, systems.q)
     if q0 is not None:
         # returned as given, not through the units
@@ -304,4 +401,7 @@ def _solution(systems: Systems, scale: Tensor, tol: Tensor, q0: Tensor | None) -
         iterations=systems.iterations,
         converged=converged,
         reason=tuple(_REASONS[code] for code in status),
+        residual=systems.r * per_sample(scale, systems.r),
+        energy_norm=systems.energy * scale,
+        memory=memory,
     )

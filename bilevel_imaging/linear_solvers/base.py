@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,6 +21,10 @@ class LinearSolution:
         converged: ``residual_norm <= residual_tol``, bool ``(B,)``.
         reason: why each sample stopped: "converged", "max_iter", "stagnated" (rounding floor), "not positive definite",
             "not finite".
+        residual: b - H q as the solver knows it, ``(B, *image)``; ``None`` from solvers that bound no energy norm.
+        energy_norm: bound of ||residual||_{H^-1}, ``(B,)``, where the solver has one (see ``ConjugateGradient``); inf
+            where it is not known.
+        memory: what the solver needs to go on where it stopped; opaque.
     """
 
     q: Tensor
@@ -28,6 +32,9 @@ class LinearSolution:
     iterations: Tensor
     converged: Tensor
     reason: tuple[str, ...]
+    residual: Tensor | None = None
+    energy_norm: Tensor | None = None
+    memory: dict[str, Tensor] | None = field(default=None, repr=False)
 
 
 class LinearSolver(abc.ABC):
@@ -55,3 +62,16 @@ class LinearSolver(abc.ABC):
         Raises:
             ValueError: wrong shapes or dtypes, negative or NaN tolerances.
         """
+
+    def resume(
+        self, linearization: Linearization, rhs: Tensor, previous: LinearSolution, residual_tol: float | Tensor
+    ) -> LinearSolution:
+        """Go on from an earlier solution of the same systems; a solver without memory starts afresh from its q.
+
+        Args:
+            linearization: the same as before.
+            rhs: the same as before.
+            previous: what ``solve`` or ``resume`` of this solver returned.
+            residual_tol: as in ``solve``.
+        """
+        return self.solve(linearization, rhs, residual_tol, q0=previous.q)

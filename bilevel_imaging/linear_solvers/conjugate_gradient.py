@@ -11,20 +11,55 @@ from bilevel_imaging.linear_solvers._iteration import (
     NOT_FINITE,
     IterativeSolver,
     Operator,
-    Preconditioner,
+    PreconditionerChoice,
     Recurrence,
     Systems,
 )
 from bilevel_imaging.tensors import inner, per_sample
 
+# mu enters the recursion reduced by this factor, and is trusted while rounding (eps * L) is below a small part of it:
+# rounded conjugate gradients behave like exact ones for eigenvalues smeared out by that much (Greenbaum 1989)
+_REDUCED, _TRUSTED = 0.9, 1e-3
+
 
 class _Directions(Recurrence):
+    memory = ("p", "rz", "radau")
+
     def __init__(self, operator: Operator, systems: Systems):
         super().__init__(operator, systems)
         z = systems.r if operator.precondition is None else operator.precondition(systems.r)
         self.p = z.clone()
         self.rz = inner(systems.r, z)
         self.scratch = torch.empty_like(self.p)
+        self.lowest = self._lowest_eigenvalue(operator)
+        # Gauss-Radau: ||r||_{H^-1}^2 <= radau <r, P^-1 r>
+        self.radau = None if self.lowest is None else 1 / self.lowest
+
+    @staticmethod
+    def _lowest_eigenvalue(operator: Operator) -> Tensor | None:
+        """Bound of lambda_min(P^-1 H), a little reduced; ``None`` where the energy norm can't be bounded."""
+        constants, p = operator.linearization.constants, operator.precondition
+        mu, smoothness = constants.strong_convexity, constants.smoothness
+        lowest = mu if p is None else getattr(p, "lowest", None)
+        if mu is None or smoothness is None or lowest is None:
+            return None
+        like = operator.linearization.grad
+        trusted = torch.finfo(like.dtype).eps * smoothness < _TRUSTED * mu
+        return torch.where(trusted, _REDUCED * lowest, torch.nan).to(like.dtype)
+
+    def _bound_energy(self, alpha: Tensor, beta: Tensor, running: Tensor | None) -> None:
+        """Golub & Meurant's recursion; NaN (a mu that is not trusted) becomes inf."""
+        if self.radau is None:
+            return
+        gap = self.radau - alpha
+        gap = torch.where(gap > 0, gap, torch.nan)  # positive in exact arithmetic
+        radau = gap / (self.lowest * gap + beta)
+        energy = (radau * self.rz).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        if running is None:
+            self.radau, self.systems.energy = radau, energy
+        else:
+            self.radau = torch.where(running, radau, self.radau)
+            self.systems.energy = torch.where(running, energy, self.systems.energy)
 
     def step(self, operator: Operator, running: Tensor) -> None:
         systems, p = self.systems, self.p
@@ -37,7 +72,8 @@ class _Directions(Recurrence):
         advance = running & (curvature > 0) & (self.rz > 0)
         failure = torch.where((curvature + self.rz).isfinite(), INDEFINITE, NOT_FINITE)
         systems.status = torch.where(running & ~advance, failure, systems.status)
-        alpha = per_sample(torch.where(advance, self.rz / curvature, 0.0), p)
+        step = torch.where(advance, self.rz / curvature, 0.0)
+        alpha = per_sample(step, p)
         systems.q.addcmul_(p, alpha)
         systems.r.addcmul_(product, alpha, value=-1)
         if operator.precondition is None:
@@ -47,15 +83,18 @@ class _Directions(Recurrence):
             z = operator.precondition(systems.r)
             rz, square = inner(systems.r, z), _square(systems.r)
         beta = torch.where(advance, rz / self.rz, 0.0)
-        torch.addcmul(z, p, per_sample(beta, p), out=p)
+        # samples that have stopped keep their direction: a resumed run needs it
+        self.p = torch.where(per_sample(advance, p), torch.addcmul(z, p, per_sample(beta, p)), p)
         self.rz = torch.where(advance, rz, self.rz)
         systems.residual = torch.where(advance, square.sqrt(), systems.residual)
+        self._bound_energy(step, beta, advance)
 
     def _plain_step(self, product: Tensor, curvature: Tensor) -> None:
         """The same step without masks and preconditioner: nothing in the batch has stopped."""
-        systems = self.systems
-        systems.q, systems.r, self.p, self.rz = advance(systems.q, systems.r, self.p, product, self.rz, curvature)
+        systems, before = self.systems, self.rz
+        systems.q, systems.r, self.p, self.rz = advance(systems.q, systems.r, self.p, product, before, curvature)
         systems.residual = self.rz.sqrt()
+        self._bound_energy(before / curvature, self.rz / before, None)
 
 
 def _fused_advance(q: Tensor, r: Tensor, p: Tensor, product: Tensor, rz: Tensor, curvature: Tensor):
@@ -89,6 +128,10 @@ class ConjugateGradient(IterativeSolver):
     q = (sqrt(kappa) - 1) / (sqrt(kappa) + 1) in exact arithmetic. The recursed residual drifts from the true one, so
     the latter is computed when the former passes (one product), and the method restarts where it does not.
 
+    Where mu is known, and a bound of lambda_min(P^-1 H) if there is a preconditioner P, the coefficients bound the
+    energy
+    norm of the error for free (Gauss-Radau quadrature; Golub & Meurant 1994, Meurant & Tichy 2013): ``energy_norm``.
+
     Args:
         max_iter: default iteration limit per sample, restarts included.
         preconditioner: ``None``, ``"auto"`` for ``linearization.preconditioner()``, or a symmetric positive definite
@@ -98,5 +141,5 @@ class ConjugateGradient(IterativeSolver):
     recurrence = _Directions
     residual_is_true = False
 
-    def __init__(self, *, max_iter: int = 2000, preconditioner: Preconditioner = None):
+    def __init__(self, *, max_iter: int = 2000, preconditioner: PreconditionerChoice = None):
         super().__init__(max_iter=max_iter, preconditioner=preconditioner)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from bilevel_imaging.derivatives import Linearization, NewtonModel
+from bilevel_imaging.derivatives import Linearization, NewtonModel, Preconditioner
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.linear_solvers._iteration import Preconditioner
+from bilevel_imaging.linear_solvers._iteration import PreconditionerChoice
 from bilevel_imaging.linear_solvers.conjugate_gradient import ConjugateGradient
 from bilevel_imaging.lower_solvers.base import LowerSolution, LowerSolver
 from bilevel_imaging.tensors import as_per_sample, inner, norm, per_sample
@@ -44,7 +43,7 @@ class _State:
     Attributes:
         x, grad: current point and gradient, ``(A, *image)``; size: ||grad||.
         best_x, best_size: the point with the smallest gradient so far, which is what is returned.
-        first_size: ||grad|| at the start, the reference of the forcing term.
+        first_size: ||grad|| at a cold start, the reference of the forcing term.
         curvature: strong convexity constant, or the smallest curvature met so far where none is known.
         memory: of the energy's Newton model, first dimension A; ``None`` if it has none.
         error_tol, status, iterations, index (position in the caller's batch), idle (iterations without progress).
@@ -94,7 +93,7 @@ class NewtonCG(LowerSolver):
         preconditioner: of the Newton systems; ``None``, ``"auto"`` for that of the linearization, or a callable.
     """
 
-    def __init__(self, *, max_iter: int = 200, max_inner: int = 1000, preconditioner: Preconditioner = "auto"):
+    def __init__(self, *, max_iter: int = 200, max_inner: int = 1000, preconditioner: PreconditionerChoice = "auto"):
         if max_iter < 0 or max_inner < 1:
             raise ValueError(f"Expected max_iter >= 0 and max_inner >= 1. Got {max_iter} and {max_inner}.")
         self.max_iter = max_iter
@@ -121,6 +120,9 @@ class NewtonCG(LowerSolver):
         known = problem.constants().strong_convexity is not None
         everything, working = state, problem
         _settle(working, state, limit)
+        if not cold and bool((state.status == RUNNING).any()):
+            # a warm start is near already: forcing terms relative to a cold one
+            state.first_size = torch.maximum(state.size, norm(problem.grad(problem.initial())))
         while bool((state.status == RUNNING).any()):
             kept = (state.status == RUNNING).nonzero().squeeze(1)
             if 2 * kept.shape[0] <= state.index.shape[0]:
@@ -173,8 +175,8 @@ class _Model(Linearization):
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
         return self.linearization.mixed_vjp(q)
 
-    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        return self.linearization.preconditioner()
+    def preconditioner(self) -> Preconditioner | None:
+        return self.model.preconditioner()
 
 
 def _start(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor, cold: bool) -> tuple[_State, Linearization]:

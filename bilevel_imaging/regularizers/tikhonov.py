@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_imaging.derivatives import Constants, Directional, Linearization
+from bilevel_imaging.derivatives import Constants, Directional, Linearization, LocalChange
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.differences import differences_adjoint, forward_differences, squared_operator_norm
 from bilevel_imaging.tensors import inner, norm, squared_norm
@@ -102,6 +102,23 @@ class _TikhonovLinearization(Linearization):
         slope = norm(self.hvp(q))  # J is linear in x: exact
         return Directional(zero, slope, slope.unsqueeze(1))
 
+    @property
+    def weight_column(self) -> int | None:
+        """Which column of J is the gradient itself."""
+        return 0 if self.regularizer.log_weight.requires_grad else None
+
+    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor:
+        return torch.zeros_like(radius)
+
+    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange:
+        energy = inner(q, self.hvp(q)).double().clamp(min=0).sqrt() * (1 + 1e-4)
+        return LocalChange(torch.zeros_like(energy), energy.new_ones(self.mixed_columns().shape[1]), energy)
+
+    def mixed_energy_norms(self) -> Tensor:
+        """J = R x with R the Hessian: ||R x||_{H^-1} <= ||x||_R."""
+        energy = inner(self.x, self.grad).double().clamp(min=0).sqrt() * (1 + 1e-4)
+        return energy.unsqueeze(1)[:, : self.mixed_columns().shape[1]]
+
     def hessian_diagonal(self) -> Tensor:
         """Diagonal of the Hessian, ``(B, C, H, W)``."""
         ones = torch.ones_like(self.x)
@@ -114,10 +131,8 @@ class _TikhonovLinearization(Linearization):
             edge -= 1
         return self.weight * count
 
-    def mean_curvature(self) -> Tensor:
-        """Coefficient of the (negative) Laplacian in H, ``(B,)``."""
-        scale = self.weight if self.regularizer.operator == "gradient" else 0 * self.weight
-        return scale.expand(self.x.shape[0])
+    def diffusion(self) -> Tensor | None:
+        return (self.weight * torch.ones_like(self.x)) if self.regularizer.operator == "gradient" else None
 
     def subset(self, index: Tensor) -> Linearization:
         return _TikhonovLinearization(self.regularizer, self.x[index])

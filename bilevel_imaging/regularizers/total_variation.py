@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel_imaging.derivatives import Constants, Directional, Linearization, NewtonModel
+from bilevel_imaging.derivatives import Constants, Directional, Linearization, LocalChange, NewtonModel
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.differences import (
     differences_adjoint,
@@ -20,6 +21,7 @@ from bilevel_imaging.regularizers.differences import (
     squared_operator_norm,
     weighted_laplacian_bound,
 )
+from bilevel_imaging.regularizers.relative_curvature import Lengths, reach, relative_norm
 from bilevel_imaging.tensors import norm
 
 # phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2), sup |d^2/dt^2 of d phi'/d log nu| = X2 / nu^2
@@ -240,23 +242,88 @@ class TotalVariationLinearization(Linearization):
         along = self.regularizer._group(self.unit * dq)
         return -(self.smoothing**2) * (dq - 3 * self.unit * along) * self.reciprocal**3
 
+    @property
+    def weight_column(self) -> int | None:
+        """Which column of J is the gradient itself."""
+        return 0 if self.regularizer.log_weight.requires_grad else None
+
+    def _local_lengths(self, radius: Tensor, mu: Tensor) -> tuple[Lengths, Tensor, Tensor]:
+        """Lengths on the ball ||e||_H <= radius, and how far De reaches there in all and across z."""
+        length = self._lengths(self.unit / self.reciprocal)
+        shape = (1, -1, *([1] * (length.dim() - 2)))
+        radius, mu = radius.to(length.dtype).reshape(shape), mu.to(length.dtype).reshape(shape)
+        floor = mu / squared_operator_norm(self.shape[-2], self.shape[-1])
+        at = Lengths(length, length, length, self.weight, self.smoothing, floor)
+        far, across = reach(at, radius, self.regularizer.row_norm * mu.rsqrt())
+        return replace(at, low=(length - far).clamp(min=0), high=length + far), far, across
+
+    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor:
+        at, far, across = self._local_lengths(radius, strong_convexity)
+        # De stays parallel to itself while z_t = z + t De turns: |De x z_t| = |De x z|
+        change = relative_norm(at, far, across * at.length if self.regularizer.isotropic else None)
+        return change.transpose(0, 1).flatten(1).amax(1).double() / radius
+
+    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange:
+        at, far, _ = self._local_lengths(radius, strong_convexity)
+        dq = forward_differences(q)
+        length_q = self._lengths(dq)
+        along, across = length_q, None
+        if self.regularizer.isotropic:
+            tiny = torch.finfo(q.dtype).tiny
+            along = self.regularizer._group(self.unit / (at.length * self.reciprocal).clamp(min=tiny) * dq).abs()
+            across = (length_q**2 - along**2).clamp(min=0).sqrt()
+            # z_t leaves the direction of z by an angle whose sine is at most |De| / |z|
+            along = torch.minimum(length_q, along + across * (far / at.length.clamp(min=tiny)).clamp(max=1))
+            across = across * at.length + length_q * far  # |dq x z_t| <= |dq x z| + |dq| |De|
+        hessian = relative_norm(at, along, across).transpose(0, 1).flatten(1).amax(1)
+        energy = (dq * self._curvature(dq.clone())).transpose(0, 1).flatten(1).sum(1)
+        trainable = self.regularizer.trainable()
+        # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
+        slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
+        up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
+        return LocalChange(
+            up * hessian.double(),
+            torch.tensor(slopes, dtype=torch.float64, device=q.device),
+            up * (self.weight * energy).double().clamp(min=0).sqrt(),
+        )
+
+    def mixed_energy_norms(self) -> Tensor:
+        """||D^T p||_{H^-1}^2 <= sum <p, (weight D^2 phi)^-1 p>: for log nu that is weight sum |z|^2 nu^2 / s^3, for the
+        weight weight sum |z|^2 s / nu^2."""
+        length2 = self._group_double(self.unit / self.reciprocal)
+        r = self.reciprocal.double()
+        trainable, nu = self.regularizer.trainable(), self.smoothing.double()
+        terms = []
+        if "log_weight" in trainable:
+            terms.append(length2 / (r * nu**2))
+        if "log_smoothing" in trainable:
+            terms.append(length2 * nu**2 * r**3)
+        sums = [(self.weight.double() * t.transpose(0, 1).flatten(1).sum(1)).sqrt() * (1 + 1e-4) for t in terms]
+        return torch.stack(sums, 1) if sums else self.grad.new_zeros((self.shape[0], 0), dtype=torch.float64)
+
+    def _group_double(self, z: Tensor) -> Tensor:
+        return self.regularizer._group(z.double().square())
+
     def hessian_diagonal(self) -> Tensor:
         """Diagonal of the Hessian, ``(B, C, H, W)``."""
-        own = (1 - self.unit**2) * self.reciprocal.expand_as(self.unit)
-        cross = -self.unit[0] * self.unit[1] * self.reciprocal[0] if self.regularizer.isotropic else None
+        return self._diagonal(self.unit)
+
+    def _diagonal(self, dual: Tensor) -> Tensor:
+        """Diagonal of weight D^T (I - (u n^T + n u^T) / 2) D / s with u = ``dual``."""
+        own = (1 - self.unit * dual) * self.reciprocal.expand_as(self.unit)
         # a pixel is the start of its own two differences and the end of its left and upper neighbors' ones
-        start = own.clone()
-        start[0][..., -1] = 0
-        start[1][..., -1, :] = 0
-        diagonal = start[0] + start[1] if cross is None else start[0] + start[1] + 2 * cross
-        diagonal[..., 1:] += start[0][..., :-1]
-        diagonal[..., 1:, :] += start[1][..., :-1, :]
+        own[0][..., -1] = 0
+        own[1][..., -1, :] = 0
+        diagonal = own[0] + own[1]
+        if self.regularizer.isotropic:
+            cross = self.unit[0] * dual[1] + self.unit[1] * dual[0]
+            diagonal = diagonal - cross * self.reciprocal[0]
+        diagonal[..., 1:] += own[0][..., :-1]
+        diagonal[..., 1:, :] += own[1][..., :-1, :]
         return self.weight * diagonal
 
-    def mean_curvature(self) -> Tensor:
-        """Mean of weight * phi'' over pixels and directions, ``(B,)``: what a shift-invariant model of H uses."""
-        own = (1 - self.unit**2) * self.reciprocal.expand_as(self.unit)
-        return self.weight * own.transpose(0, 1).flatten(1).mean(1)
+    def diffusion(self) -> Tensor:
+        return self.hessian_diagonal() / 4
 
     def subset(self, index: Tensor) -> Linearization:
         other = object.__new__(TotalVariationLinearization)
@@ -296,6 +363,9 @@ class PrimalDualModel(NewtonModel):
         along_unit, along_half = self.group(at.unit * dv), self.group(self.half * dv)
         dv.addcmul_(self.half, along_unit, value=-1).addcmul_(at.unit, along_half, value=-1)
         return divergence(dv.mul_(at.scale))
+
+    def diffusion(self) -> Tensor:
+        return self.at._diagonal(self.dual) / 4
 
     @cached_property
     def _work(self) -> Tensor:

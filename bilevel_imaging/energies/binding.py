@@ -1,0 +1,74 @@
+"""From measurements and a deepinv physics to the data term that knows most about it."""
+
+from __future__ import annotations
+
+import deepinv
+import torch
+from deepinv.physics import MRI, Blur, BlurFFT, Denoising, Inpainting, LinearPhysics
+from torch import Tensor
+
+from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, GenericTerm, IdentityTerm, MaskTerm
+from bilevel_imaging.energies.mri import MRITerm
+
+
+def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
+    """The least-squares term for y and physics: exact spectra for the operators that have one.
+
+    Raises:
+        ValueError: if the physics is not linear, or y does not have the shape that the physics gives.
+    """
+    kind = type(physics)
+    if kind is Denoising:
+        return IdentityTerm(y)
+    if kind is Inpainting:
+        _check_broadcast(physics.mask, y, "mask")
+        return MaskTerm(y, physics.mask)
+    if kind is BlurFFT:
+        if tuple(physics.img_size[-2:]) != tuple(y.shape[-2:]):
+            raise ValueError(
+                f"Expected y of the physics' image size {tuple(physics.img_size)}. Got {tuple(y.shape[1:])}; "
+                "build BlurFFT with img_size=y.shape[1:]."
+            )
+        transfer = deepinv.physics.functional.filter_fft(physics.filter.double(), tuple(y.shape[-2:]), real_fft=True)
+        return _circulant(y, transfer)
+    if kind is Blur and physics.padding == "circular":
+        delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)
+        delta[..., 0, 0] = 1
+        delta = delta.expand(physics.filter.shape[0], -1, -1, -1)
+        kernel = physics.filter.double()
+        response = deepinv.physics.functional.conv2d(delta, filter=kernel, padding="circular")
+        return _circulant(y, torch.fft.rfft2(response))
+    if kind is MRI:
+        return _mri(y, physics.mask)
+    if isinstance(physics, LinearPhysics):
+        return GenericTerm(y, physics)
+    raise ValueError(f"Expected a linear deepinv physics. Got {kind.__name__}, which is not a LinearPhysics.")
+
+
+def _circulant(y: Tensor, transfer: Tensor) -> CirculantTerm:
+    _check_broadcast(transfer[..., :1, :1], y[..., :1, :1], "filter")
+    return CirculantTerm(y, transfer)
+
+
+def _mri(y: Tensor, mask: Tensor) -> MRITerm:
+    if y.shape[1] != 2:
+        raise ValueError(
+            f"Expected measurements of MRI with 2 channels, real and imaginary part. Got y of shape {tuple(y.shape)}."
+        )
+    _check_broadcast(mask, y, "mask")
+    if mask.is_complex():
+        raise ValueError(f"Expected a real mask of the physics. Got {mask.dtype}; its phases belong to the image.")
+    if not bool(torch.isfinite(mask).all()):
+        raise ValueError("Expected a mask of the physics with finite entries. Got NaN or inf.")
+    return MRITerm(y, mask)
+
+
+def _check_broadcast(parameter: Tensor, y: Tensor, name: str) -> None:
+    try:
+        fits = torch.broadcast_shapes(parameter.shape, y.shape) == y.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"Expected a {name} of the physics that fits y of shape {tuple(y.shape)}. Got {tuple(parameter.shape)}."
+        )
