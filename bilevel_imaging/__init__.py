@@ -16,7 +16,14 @@ from bilevel_imaging._version import __version__
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies import Constants, Linearization, LowerLevelProblem, QuadraticProblem, VariationalEnergy
 from bilevel_imaging.export import load_regularizer, reconstruct, save_regularizer
-from bilevel_imaging.hypergradients import BilevelReconstructor, Hypergradient, hypergradient, inexact_ad, unrolled
+from bilevel_imaging.hypergradients import (
+    BilevelReconstructor,
+    Hypergradient,
+    distance_certificates,
+    hypergradient,
+    inexact_ad,
+    unrolled,
+)
 from bilevel_imaging.kernels import compile_kernels
 from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
 from bilevel_imaging.training import BilevelObjective, Trainer
@@ -44,6 +51,7 @@ __all__ = [
     "certificates",
     "compile_kernels",
     "data",
+    "distance_certificates",
     "energies",
     "errors",
     "hypergradient",

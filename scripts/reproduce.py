@@ -15,6 +15,7 @@ EXPERIMENTS = {
     "quadratic": "bilevel_imaging.experiments.quadratic",
     "equivalence": "bilevel_imaging.experiments.equivalence",
     "silent_gradients": "bilevel_imaging.experiments.silent_gradients",
+    "float32_floor": "bilevel_imaging.experiments.float32_floor",
 }
 
 

@@ -1,8 +1,10 @@
-"""Randomized attack on every certificate: ``python tests/sweep.py --cases 2000 --seed 0 [--json PATH]``.
+"""Randomized attack on every certificate: ``python tests/sweep.py --cases 2000 --seed 0 [--workers 2] [--json PATH]``.
 
 Each case draws a model, an operator, both solvers, a certificate, accuracies, a dtype, a batch and hostile settings,
 and compares every bound with the true error, taken from the extended precision reference of ``cases``. The only slack
 is the reference's own uncertainty (about 1e-17). Solves are cut off early on purpose: a bound must hold at any point.
+With ``--polished`` every case has the polished certificate, fixed tolerances and solvers that are not cut off, which
+says how sharp that certificate is; the last table printed is about it.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,6 +40,13 @@ import bilevel_imaging as bi
 SIZES = ((8, 8), (6, 9), (12, 10), (1, 16))
 COLOR_SIZES = ((5, 6), (4, 7))
 CERTIFICATES = bi.hypergradients.CERTIFICATES
+PHYSICS_CLASSES = {
+    "denoising": "denoising",
+    **dict.fromkeys(("inpainting", "weighting"), "inpainting"),
+    **dict.fromkeys((name for name in (*PHYSICS, *GENERIC_PHYSICS) if "blur" in name or "sharpen" in name), "blur"),
+    **dict.fromkeys(COMPLEX_PHYSICS, "mri"),
+}
+POLISHED = ("before_polish", "polished")
 
 
 @dataclass(frozen=True)
@@ -59,21 +71,26 @@ class Setting:
     smoothing: float
     ridge: float
     kind: str
-    max_iter: int
+    max_iter: int | None  # of both solvers; None for their own
     seed: int
 
 
 @dataclass
 class Outcome:
-    """What was found: violations in words, and effectivities bound / error by certificate."""
+    """What was found: violations in words, and effectivities bound / error by certificate.
+
+    ``relative_bounds`` are those of the estimates that ``POLISHED`` names; ``seconds`` is the time that the case took.
+    """
 
     setting: Setting
     violations: list[str] = field(default_factory=list)
     effectivity: dict[str, float] = field(default_factory=dict)
     relative_error: float = 0.0
     relative_bound: float = math.inf
+    relative_bounds: dict[str, float] = field(default_factory=dict)
     certified: bool = False
     checks: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     def check(self, name: str, error: float, bound: float, slack: float) -> None:
         """Record a violation unless error <= bound + slack (a NaN bound is one)."""
@@ -121,6 +138,11 @@ def draw(rng: random.Random) -> Setting:
     )
 
 
+def draw_polished(rng: random.Random) -> Setting:
+    """One random setting that shows how sharp the polished certificate is: nothing is cut off."""
+    return replace(draw(rng), certificate="polished", mode="tolerances", max_iter=None)
+
+
 def make(s: Setting) -> Case:
     """The batch of problems of a setting."""
     case = build(
@@ -143,12 +165,13 @@ def estimate(s: Setting, case: Case) -> bi.Hypergradient:
         "relative": {"relative": s.relative},
         "bound_tol": {"bound_tol": s.error_tol},
     }[s.mode]
+    limit = {} if s.max_iter is None else {"max_iter": s.max_iter}
     return bi.hypergradient(
         case.problem,
         bi.SquaredError(),
         case.x_true,
-        lower=LOWER_SOLVERS[s.lower](max_iter=s.max_iter),
-        linear=LINEAR_SOLVERS[s.linear](max_iter=s.max_iter),
+        lower=LOWER_SOLVERS[s.lower](**limit),
+        linear=LINEAR_SOLVERS[s.linear](**limit),
         certificate=certificate,
         max_rounds=4,
         **accuracy,
@@ -181,6 +204,8 @@ def run(s: Setting) -> Outcome:
     if h.before_polish is not None:
         first = float(np.linalg.norm((flat(h.before_polish[0]) - true).astype(float)))
         outcome.check("before_polish", first, h.before_polish[1], slack)
+        length = float(np.linalg.norm(flat(h.before_polish[0]).astype(float)))
+        outcome.relative_bounds["before_polish"] = h.before_polish[1] / length if length > 0 else math.inf
         if first > 10 * slack:
             outcome.effectivity["before_polish"] = h.before_polish[1] / first
     outcome.check("loss above", true_loss, h.loss_interval[1], loss_slack)
@@ -204,30 +229,55 @@ def run(s: Setting) -> Outcome:
         outcome.effectivity.update({name: bound / error for name, bound in h.bounds.items()})
         if h.certificate == "polished":
             outcome.effectivity["polished"] = h.bound / error
+            outcome.relative_bounds["polished"] = h.relative_bound
     return outcome
 
 
-def sweep(cases: int, seed: int, *, seconds: float = math.inf, progress: bool = False) -> list[Outcome]:
-    """Random cases, at most as many as fit in the given time; exceptions count as violations."""
-    rng, outcomes, start = random.Random(seed), [], time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small are slower on several
+def attempt(s: Setting) -> Outcome:
+    """``run``; an exception counts as a violation: the crash of a legitimate setting is a finding too."""
+    began = time.perf_counter()
     try:
-        for k in range(cases):
-            setting = draw(rng)
-            began = time.perf_counter()
-            try:
-                outcome = run(setting)
-            except Exception as error:  # a crash of a legitimate setting is a finding too, and the sweep goes on
-                outcome = Outcome(setting, [f"{type(error).__name__}: {error}"])
+        outcome = run(s)
+    except Exception as error:
+        outcome = Outcome(s, [f"{type(error).__name__}: {error}"])
+    outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+@contextmanager
+def attempts(settings: list[Setting], workers: int) -> Iterator[Iterable[Outcome]]:
+    """The outcomes in the order of the settings, each on one thread: tensors this small are slower on several."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield map(attempt, settings)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield pool.imap(attempt, settings)
+
+
+def sweep(
+    cases: int,
+    seed: int,
+    *,
+    seconds: float = math.inf,
+    progress: bool = False,
+    polished: bool = False,
+    workers: int = 1,
+) -> list[Outcome]:
+    """Random cases, at most as many as fit in the given time; which they are does not depend on ``workers``."""
+    rng, outcomes, start = random.Random(seed), [], time.perf_counter()
+    settings = [draw_polished(rng) if polished else draw(rng) for _ in range(cases)]
+    with attempts(settings, workers) as results:
+        for k, outcome in enumerate(results):
             outcomes.append(outcome)
-            taken = time.perf_counter() - began
-            if progress and (outcome.violations or taken > 5):
-                print(f"case {k} ({taken:.1f} s): {outcome.violations}\n    {setting}", flush=True)
+            if progress and (outcome.violations or outcome.seconds > 5):
+                print(f"case {k} ({outcome.seconds:.1f} s): {outcome.violations}\n    {outcome.setting}", flush=True)
             if time.perf_counter() - start > seconds:
                 break
-    finally:
-        torch.set_num_threads(threads)
     return outcomes
 
 
@@ -240,12 +290,57 @@ def summarize(outcomes: list[Outcome], below: float = math.inf) -> dict[str, dic
                 collected.setdefault((o.setting.regularizer, name), []).append(value)
     table: dict[str, dict[str, dict[str, float]]] = {}
     for (model, name), values in sorted(collected.items()):
-        table.setdefault(model, {})[name] = {
-            "cases": len(values),
-            "median": float(np.median(values)),
-            "percentile_95": float(np.percentile(values, 95)),
-        }
+        table.setdefault(model, {})[name] = _statistics(values)
     return table
+
+
+def summarize_polished(outcomes: list[Outcome], below: float = 0.1) -> dict[str, dict[str, dict[str, float]]]:
+    """The same by model and class of operators, "tv_isotropic, blur", where the relative bound itself is < below."""
+    collected: dict[tuple[str, str], list[float]] = {}
+    for o in outcomes:
+        model = f"{o.setting.regularizer}, {PHYSICS_CLASSES[o.setting.physics]}"
+        for name in POLISHED:
+            if name in o.effectivity and o.relative_bounds.get(name, math.inf) < below:
+                collected.setdefault((model, name), []).append(o.effectivity[name])
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for (model, name), values in sorted(collected.items()):
+        table.setdefault(model, {})[name] = _statistics(values)
+    return table
+
+
+def _statistics(values: list[float]) -> dict[str, float]:
+    return {
+        "cases": len(values),
+        "median": float(np.median(values)),
+        "percentile_95": float(np.percentile(values, 95)),
+    }
+
+
+def print_polished(table: dict[str, dict[str, dict[str, float]]]) -> None:
+    """One line for each model and class of operators."""
+    print("bound / error where the relative bound is below 0.1")
+    print(f"{'model':34} {'before_polish':>13} {'median':>8} {'95 %':>8} {'polished':>9} {'median':>8} {'95 %':>8}")
+    for model, rows in table.items():
+        text = []
+        for name, width in zip(POLISHED, (13, 9), strict=True):
+            row = rows.get(name, {"cases": 0, "median": math.nan, "percentile_95": math.nan})
+            text.append(f"{row['cases']:{width}d} {row['median']:8.3g} {row['percentile_95']:8.3g}")
+        print(f"{model:34}", *text)
+
+
+def coverage(settings: list[Setting]) -> str:
+    """What was drawn: ranges of the numbers that make problems hard, and shares of float32."""
+    values = {
+        "weight": [s.weight for s in settings],
+        "smoothing": [s.smoothing for s in settings],
+        "ridge": [s.ridge for s in settings if s.ridge],
+    }
+    ranges = [f"{name} {min(v):.2g} to {max(v):.2g}" for name, v in values.items() if v]
+    shares = [
+        f"{sum(getattr(s, name) == 'float32' for s in settings) / len(settings):.0%} with float32 {what}"
+        for name, what in (("dtype", "data"), ("parameters", "parameters"))
+    ]
+    return "drawn: " + ", ".join(ranges + shares)
 
 
 def main() -> int:
@@ -254,19 +349,30 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
+    parser.add_argument("--polished", action="store_true", help='certificate="polished" alone, nothing cut off')
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     parser.add_argument("--json", help="write settings, violations and effectivities there")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    outcomes = sweep(arguments.cases, arguments.seed, seconds=arguments.seconds, progress=True)
+    outcomes = sweep(
+        arguments.cases,
+        arguments.seed,
+        seconds=arguments.seconds,
+        progress=True,
+        polished=arguments.polished,
+        workers=arguments.workers,
+    )
     elapsed = time.perf_counter() - start
-    table, accurate = summarize(outcomes), summarize(outcomes, 0.1)
+    table, accurate, polished = summarize(outcomes), summarize(outcomes, 0.1), summarize_polished(outcomes)
     for title, shown in (("all cases", table), ("relative error below 10 %", accurate)):
         print(f"{'model':20} {'certificate':14} {'cases':>6} {'median':>10} {'95 %':>10}   bound / error, {title}")
         for model, rows in shown.items():
             for name, row in rows.items():
                 print(f"{model:20} {name:14} {row['cases']:6d} {row['median']:10.3g} {row['percentile_95']:10.3g}")
+    print_polished(polished)
     violated = [o for o in outcomes if o.violations]
     certified = sum(o.certified for o in outcomes)
+    print(coverage([o.setting for o in outcomes]))
     print(
         f"{len(outcomes)} cases ({certified} certified), {sum(o.checks for o in outcomes)} checks, "
         f"{len(violated)} cases with violations, {elapsed:.0f} s"
@@ -277,6 +383,7 @@ def main() -> int:
             "seconds": elapsed,
             "effectivity": table,
             "effectivity_accurate": accurate,
+            "effectivity_polished": polished,
             "violations": [{"setting": asdict(o.setting), "violations": o.violations} for o in violated],
         }
         with open(arguments.json, "w") as stream:

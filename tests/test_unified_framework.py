@@ -195,6 +195,23 @@ def test_costs_of_inexact_differentiation():
     assert h.cost.hvps == (case.problem.cost - before).hvps and h.cost.seconds > 0
 
 
+@methods
+def test_sweeps_of_a_batch_are_those_of_its_samples(method):
+    case = build("tv_isotropic", "inpainting", batch=3, size=(6, 7))
+    for estimator in (bi.unrolled, bi.inexact_ad):
+        whole = estimator(*arguments(case), method=method, steps=9, certify=True)
+        alone = []
+        for i in range(3):
+            problem = case.energy.bind(case.y[i : i + 1], case.physics)
+            alone.append(
+                estimator(problem, bi.SquaredError(), case.x_true[i : i + 1], method=method, steps=9, certify=True)
+            )
+        assert torch.equal(whole.q, torch.cat([h.q for h in alone]))
+        mean = {n: sum(h.grad[n] for h in alone) / 3 for n in whole.grad}
+        assert distance(whole.grad, mean) <= 1e-12
+        assert whole.bound <= sum(h.bound for h in alone) / 3 * (1 + 1e-9)
+
+
 # --- one bound for all
 
 

@@ -1,6 +1,8 @@
 """Residuals and constants to bounds; nothing here evaluates an energy."""
 
 from bilevel_imaging.certificates import a_priori as a_priori
+from bilevel_imaging.certificates import distances as distances
+from bilevel_imaging.certificates import operator_norms as operator_norms
 from bilevel_imaging.certificates.a_posteriori import (
     Bound,
     Measurements,

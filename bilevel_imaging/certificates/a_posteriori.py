@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,10 @@ class Bound:
     def total(self) -> Tensor:
         """The bound, ``(B,)``."""
         return self.lower + self.linear + self.remainder
+
+    def without_nan(self) -> Bound:
+        """The same with inf in place of NaN, which is what an infinite constant times 0 gives."""
+        return Bound(*(p.nan_to_num(nan=torch.inf, posinf=torch.inf) for p in (self.lower, self.linear, self.remainder)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Certified hypergradients: two solves, one estimate, its bound and its cost."""
 
+from bilevel_imaging.hypergradients.distance_report import DISTANCE_CERTIFICATES, distance_certificates
 from bilevel_imaging.hypergradients.implicit import CERTIFICATES, hypergradient, loss_interval
 from bilevel_imaging.hypergradients.inexact_ad import inexact_ad
 from bilevel_imaging.hypergradients.layer import BilevelReconstructor, LayerCertificate
@@ -8,12 +9,14 @@ from bilevel_imaging.hypergradients.unrolled import UNROLLED_METHODS, UnrolledHy
 
 __all__ = [
     "CERTIFICATES",
+    "DISTANCE_CERTIFICATES",
     "UNROLLED_METHODS",
     "BilevelReconstructor",
     "Hypergradient",
     "LayerCertificate",
     "UnrolledHypergradient",
     "average",
+    "distance_certificates",
     "hypergradient",
     "inexact_ad",
     "loss_interval",

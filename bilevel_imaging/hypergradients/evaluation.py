@@ -10,9 +10,10 @@ from torch import Tensor
 
 from bilevel_imaging import certificates
 from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
-from bilevel_imaging.derivatives import Directional, Linearization, Metric
+from bilevel_imaging.derivatives import Constants, Directional, Linearization, Metric
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
 from bilevel_imaging.linear_solvers import LinearSolution
 from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
 
@@ -25,6 +26,7 @@ class Point:
 
     ``working`` is a linearization at x for solvers, in the dtype of the data; by default the same as that of the point.
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
+    A randomized bound made here appends the probability that it fails to ``failures``.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Point:
         x: Tensor,
         working: Linearization | None = None,
         gradient_energy: Tensor | None = None,
+        failures: list[float] | None = None,
     ):
         self.problem, self.loss, self.x = problem, loss, x
         self.linearization = problem.linearize(x)
@@ -46,11 +49,21 @@ class Point:
         self.measured_grad_norm = norm(self.gradient).double()
         self.grad_norm = self.measured_grad_norm + self.rounding
         self.gradient_energy = gradient_energy
+        self.failures = [] if failures is None else failures
+
+    @cached_property
+    def ball_constants(self) -> Constants:
+        """Constants on the ball that holds the minimizer, where the energy has better ones there than everywhere."""
+        constants = self.constants
+        if constants.strong_convexity is None:
+            return constants
+        ball = self.linearization.constants_on_ball(self.distance)
+        return constants if ball is None else ball
 
     @property
     def value_reason(self) -> str:
         """Why the loss can't be enclosed at this point; empty if it can."""
-        constants = self.constants
+        constants = self.ball_constants
         if constants.strong_convexity is None:
             return constants.reason or "no strong convexity constant is known"
         if constants.hessian_lipschitz is None:
@@ -62,13 +75,13 @@ class Point:
     @property
     def reason(self) -> str:
         """Why nothing can be certified at this point; empty if it can."""
-        constants = self.constants
+        constants = self.ball_constants
         if self.value_reason:
             return self.value_reason
         if constants.mixed_lipschitz is None:
             return constants.reason or "the Lipschitz constant of the mixed derivative is not known"
-        if self.columns is None and constants.mixed_norm is None:
-            return "the norm of the mixed derivative is not known"
+        if not bool(self.mixed_norm.isfinite().all()):
+            return "the norm of the mixed derivative is not known: no autograd through the gradient, or not the same"
         return ""
 
     @cached_property
@@ -82,15 +95,15 @@ class Point:
         return None if self.columns is None else self.columns.flatten(2).double().norm(dim=2)
 
     @cached_property
-    def mixed_norm(self) -> Tensor | None:
-        """||J||: exact from the Gram matrix of its columns where they are few, else the a priori bound, ``(B,)``."""
-        if self.columns is None:
+    def mixed_norm(self) -> Tensor:
+        """||J||, ``(B,)``: exact from its columns where they are few, else the a priori bound, else a randomized one."""
+        if self.columns is not None:
+            return certificates.operator_norms.from_columns(self.columns)
+        if self.constants.mixed_norm is not None:
             return self.constants.mixed_norm
-        if self.columns.shape[1] == 1:
-            return self.column_norms[:, 0]
-        flat = self.columns.flatten(2).double()
-        gram = flat @ flat.transpose(1, 2)
-        return torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
+        bounds, failure_probability = randomized_mixed_norms(self.problem, self.linearization, self.x)
+        self.failures.append(failure_probability)
+        return bounds
 
     @cached_property
     def metric(self) -> Metric | None:
@@ -293,12 +306,12 @@ def _along(point: Point, q: Tensor, q_norm: Tensor) -> tuple[Tensor, Directional
     """Lambda_H(q) on the ball, from the linearization or from the global constant."""
     along = _directional(point, q)
     if along is None:
-        return point.constants.hessian_lipschitz.double() * q_norm, None
+        return point.ball_constants.hessian_lipschitz.double() * q_norm, None
     return along.hessian.double(), along
 
 
 def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional | None) -> Estimate:
-    point, constants, hessian = e.point, e.point.constants, e.hessian
+    point, constants, hessian = e.point, e.point.ball_constants, e.hessian
     mu = constants.strong_convexity.double()
     loss_smoothness = torch.full_like(mu, float(point.loss.smoothness))
     mixed = constants.mixed_lipschitz.double() * q_norm if along is None else along.mixed.double()
@@ -322,7 +335,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         bounds["local"], local_components = certificates.local(e.local)
     # derivatives are off by the same relative amount as the parameters and filters they were computed from
     representation = point.problem.relative_uncertainty * m.mixed_norm * q_norm
-    bounds = {name: replace(b, remainder=b.remainder + representation) for name, b in bounds.items()}
+    bounds = {name: replace(b, remainder=b.remainder + representation).without_nan() for name, b in bounds.items()}
     components = None
     if along is not None and along.mixed_components is not None and point.column_norms is not None:
         each = [
@@ -333,6 +346,8 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     if local_components is not None:
         local_components = local_components + representation.unsqueeze(1)
         components = local_components if components is None else torch.minimum(components, local_components)
+    if components is not None:
+        components = components.nan_to_num(nan=torch.inf, posinf=torch.inf)
     return replace(
         e,
         bounds=bounds,
@@ -394,7 +409,8 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
     lower, upper = certificates.corrected_value_interval(e.loss, distance, e.residual_norm, smoothness, hessian, convex)
     # the corrected value holds for the exact gradient; the measured one is off by up to point.rounding
     off = norm(e.q).double() * point.rounding
-    lower, upper = lower - off, upper + off
+    lower = (lower - off).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # 0 * inf where a kink is met
+    upper = (upper + off).nan_to_num(nan=torch.inf, posinf=torch.inf)
     loss_grad_norm = norm(point.loss_grad).double()
     plain_lower, plain_upper = certificates.corrected_value_interval(
         point.loss_value, distance, loss_grad_norm, smoothness, torch.zeros_like(hessian), convex

@@ -207,6 +207,8 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     if current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     names = _available(current, names)
+    if not names:
+        return current, ""
     best, best_bound = current, _total(current, names)
     stalled = rounds = 0
     while best_bound > goal.bound(best.norm) and rounds < max_rounds and stalled < 2:
@@ -236,7 +238,7 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
     problem, batch = refiner.problem, current.q.shape[0]
     bound = _total(current, names)
     certified = bound < float("inf")
-    not_certified = current.point.reason or ("" if certified else _why_infinite(names))
+    not_certified = current.point.reason or ("" if certified else _why_infinite(current, names))
     if names:
         sample_bounds, parts, name = current.best(names)
     else:
@@ -277,10 +279,16 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
         ),
         linear=replace(refiner.linear_solution, q=current.q.to(problem.dtype), residual_norm=current.residual_norm),
         cost=cost,
+        failure_probability=sum(refiner.failures),
     )
 
 
-def _why_infinite(names: tuple[str, ...]) -> str:
+def _why_infinite(current: Estimate, names: tuple[str, ...]) -> str:
+    if not names:
+        return "this energy has no such certificate; choose certificate='auto'"
+    lipschitz = current.point.ball_constants.hessian_lipschitz
+    if lipschitz is not None and bool(lipschitz.isinf().any()):
+        return "a kink of the regularizer lies within the certified distance of x; reduce error_tol"
     if names == ("local",):
         return "too far from the minimizer for the local certificate; reduce error_tol or choose certificate='auto'"
     return "the bound is not finite"

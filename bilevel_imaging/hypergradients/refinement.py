@@ -19,7 +19,6 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
 # of the bound aimed at, this part goes to the lower level, which is good enough below the limit; the rest is the
 # adjoint's
 LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
-OPTIMISM = 1.0
 # curvature times distance from which the local certificate is nearly linear in the distance
 NEAR = 0.2
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
@@ -41,6 +40,8 @@ class Refiner:
         self.lower_solution: LowerSolution | None = None
         self.linear_solution: LinearSolution | None = None
         self.resumable: tuple[Estimate, LinearSolution] | None = None
+        # of the randomized bounds at all points visited: each of them has steered the refinement
+        self.failures: list[float] = []
 
     def solve(
         self,
@@ -63,9 +64,9 @@ class Refiner:
     def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
         if self.exact is self.problem:
-            return Point(self.exact, self.loss, x)
+            return Point(self.exact, self.loss, x, failures=self.failures)
         working = self.problem.linearize(x.to(self.problem.dtype))
-        return Point(self.exact, self.loss, x.to(self.exact.dtype), working)
+        return Point(self.exact, self.loss, x.to(self.exact.dtype), working, failures=self.failures)
 
     @staticmethod
     def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:
@@ -165,6 +166,7 @@ class Refiner:
         # below its limit the lower level is left alone, and the adjoint gets what is left of the goal
         enough = (lower_part <= LOWER_LIMIT * goal) | (lower_part.mean() <= LOWER_LIMIT * goal)
         factor = LOWER_SHARE * goal / lower_part.clamp(min=1e-300)
+        factor = torch.where(lower_part.isfinite(), factor, SMALLEST_FACTOR)
         slope = parts.linear / current.residual_norm.clamp(min=1e-300)
         near = newton
         if "local" in names and current.local is not None:
@@ -177,7 +179,8 @@ class Refiner:
                 target = torch.where(enough, point.distance * (1 + 1e-6), factor * point.distance)
                 point = self.solve_lower(point, target)
         left = goal - torch.where(enough, lower_part.mean().clamp(max=LOWER_LIMIT * goal), LOWER_SHARE * goal)
-        return self.correct_adjoint(point, current, OPTIMISM * left / slope.clamp(min=1e-300))
+        residual_tol = torch.where(slope.isfinite(), left / slope.clamp(min=1e-300), LARGEST_FACTOR * current.residual_norm)
+        return self.correct_adjoint(point, current, residual_tol)
 
     @staticmethod
     def _is_near(point: Point) -> bool:

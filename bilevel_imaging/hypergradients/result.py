@@ -40,6 +40,8 @@ class Hypergradient:
         lower: result of the lower-level solve, likewise.
         linear: result of the adjoint solve, likewise.
         cost: work spent.
+        failure_probability: of ``bound``, summed over all samples and points at which ||J|| was bounded from random
+            products (it is where J has too many columns and no a priori bound); 0 for a certain bound.
     """
 
     grad: dict[str, Tensor]
@@ -61,6 +63,7 @@ class Hypergradient:
     lower: LowerSolution | tuple[LowerSolution, ...]
     linear: LinearSolution | tuple[LinearSolution, ...]
     cost: Cost
+    failure_probability: float = 0.0
 
     @property
     def norm(self) -> float:
@@ -124,6 +127,7 @@ def average(parts: Sequence[Hypergradient], sizes: Sequence[int], *, earlier: Co
         lower=tuple(p.lower for p in parts),
         linear=tuple(p.linear for p in parts),
         cost=cost,
+        failure_probability=sum(p.failure_probability for p in parts),
     )
 
 

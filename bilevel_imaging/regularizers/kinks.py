@@ -123,8 +123,8 @@ class KinkedLinearization(Linearization):
 
     def _reach(self, radius: Tensor) -> tuple[Tensor, Tensor]:
         """(how far z moves on the ball, broadcastable to z; whether no kink is met, ``(B,)``)."""
-        reach = self.regularizer.row_norm * radius
-        return reach.reshape(1, -1, *([1] * (self.x.dim() - 1))).to(self.x.dtype), reach.double() < self.margin
+        reach = self.regularizer.row_norm * radius.double()
+        return reach.reshape(1, -1, *([1] * (self.x.dim() - 1))).to(self.x.dtype), reach < self.margin
 
     def constants_on_ball(self, radius: Tensor) -> Constants:
         """The Hessian is constant (isotropic: smooth) where no kink is met; inf for the samples that meet one."""

@@ -51,7 +51,8 @@ class LinearSpline(DifferenceRegularizer):
     ):
         super().__init__()
         self.log_weight = positive_parameter(weight, "weight", learn_weight)
-        self.spacing = float(positive_parameter(spacing, "spacing", False).exp())
+        positive_parameter(spacing, "spacing", False)  # refuses what is not a positive number
+        self.spacing = float(spacing)
         if slopes is None:
             knots = torch.arange(9, dtype=torch.float64)
             values = (knots / (knots**2 + 1).sqrt()).diff() / self.spacing

@@ -4,6 +4,14 @@ from collections.abc import Callable
 from functools import partial
 
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.conditions import (
+    AbsoluteError,
+    AccuracyCondition,
+    RelativeError,
+    SummableTolerances,
+    descent_direction_certified,
+    gradient_norm_interval,
+)
 from bilevel_imaging.upper_level.first_order import FirstOrder
 from bilevel_imaging.upper_level.losses import LOSSES, SquaredError
 from bilevel_imaging.upper_level.maid import MAID
@@ -20,10 +28,16 @@ __all__ = [
     "LOSSES",
     "MAID",
     "UPPER_LEVEL_METHODS",
+    "AbsoluteError",
+    "AccuracyCondition",
     "CertifiedValue",
     "FirstOrder",
     "Objective",
+    "RelativeError",
     "SquaredError",
     "StepReport",
+    "SummableTolerances",
     "UpperLevelMethod",
+    "descent_direction_certified",
+    "gradient_norm_interval",
 ]
