@@ -34,7 +34,9 @@ class Bound:
 
     def without_nan(self) -> Bound:
         """The same with inf in place of NaN, which is what an infinite constant times 0 gives."""
-        return Bound(*(p.nan_to_num(nan=torch.inf, posinf=torch.inf) for p in (self.lower, self.linear, self.remainder)))
+        return Bound(
+            *(p.nan_to_num(nan=torch.inf, posinf=torch.inf) for p in (self.lower, self.linear, self.remainder))
+        )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ def kantorovich(
 ) -> Tensor:
     """||e|| <= t = (mu / L_H) (1 - sqrt(1 - 2 h)) if h = L_H eta / mu <= 1/2, eta = ||s|| + ||r|| / mu; else inf.
 
-    t lies between eta and 2 eta (Kantorovich & Akilov 1982, Section XVIII.1; here for minimizers). Proof: H e = -G - T
-    with ||T|| <= L_H ||e||^2 / 2 keeps ||e|| out of the interval between both roots of t = eta + L_H t^2 / (2 mu). Along
-    g - (1 - tau) <G, .>, 0 <= tau <= 1, the minimizer moves continuously from x to x*, and so can't cross it.
+    t lies between eta and 2 eta (Kantorovich & Akilov 1982, Chapter XVIII; here for minimizers). Proof: H e = -G - T
+    with ||T|| <= L_H ||e||^2 / 2 keeps ||e|| out of the interval between both roots of t = eta + L_H t^2 / (2 mu).
+    Along g - (1 - tau) <G, .>, 0 <= tau <= 1, the minimizer moves continuously from x to x*, and so can't cross it.
 
     Args:
         step_norm: ||s||.

@@ -81,7 +81,9 @@ class Point:
         if constants.mixed_lipschitz is None:
             return constants.reason or "the Lipschitz constant of the mixed derivative is not known"
         if not bool(self.mixed_norm.isfinite().all()):
-            return "the norm of the mixed derivative is not known: no autograd through the gradient, or not the same"
+            return (
+                "the norm of the mixed derivative is not known (autograd through grad fails or contradicts mixed_vjp)"
+            )
         return ""
 
     @cached_property
@@ -96,7 +98,7 @@ class Point:
 
     @cached_property
     def mixed_norm(self) -> Tensor:
-        """||J||, ``(B,)``: exact from its columns where they are few, else the a priori bound, else a randomized one."""
+        """||J||, ``(B,)``: exact from its columns where they are few, else the a priori bound, else from products."""
         if self.columns is not None:
             return certificates.operator_norms.from_columns(self.columns)
         if self.constants.mixed_norm is not None:

@@ -57,9 +57,7 @@ def mixed_operators(problem: LowerLevelProblem, x: Tensor, sample: int = 0) -> t
 
     def apply_adjoint(v: Tensor) -> dict[str, Tensor]:
         problem.cost.mixed_products += 1
-        products = torch.autograd.grad(
-            gradient, list(theta.values()), v, retain_graph=True, materialize_grads=True
-        )
+        products = torch.autograd.grad(gradient, list(theta.values()), v, retain_graph=True, materialize_grads=True)
         return dict(zip(theta, products, strict=True))
 
     return apply, apply_adjoint

@@ -179,7 +179,9 @@ class Refiner:
                 target = torch.where(enough, point.distance * (1 + 1e-6), factor * point.distance)
                 point = self.solve_lower(point, target)
         left = goal - torch.where(enough, lower_part.mean().clamp(max=LOWER_LIMIT * goal), LOWER_SHARE * goal)
-        residual_tol = torch.where(slope.isfinite(), left / slope.clamp(min=1e-300), LARGEST_FACTOR * current.residual_norm)
+        residual_tol = torch.where(
+            slope.isfinite(), left / slope.clamp(min=1e-300), LARGEST_FACTOR * current.residual_norm
+        )
         return self.correct_adjoint(point, current, residual_tol)
 
     @staticmethod

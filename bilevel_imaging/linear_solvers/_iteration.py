@@ -1,108 +1,39 @@
-"""What the iterative linear solvers share: normalized systems, freezing, compaction, and the check of the residual.
+"""What the iterative linear solvers share: freezing, compaction, restarts, and the check of the residual.
 
-A solver is a ``Recurrence``: its vectors and one ``step``. Everything about batches is done here. Systems are solved in
-units of a power of two near the largest entry of b, which is exact in floating point: the iterates are those of the
-unscaled recurrence, and right-hand sides of size 1e-30 do not underflow when they are squared.
+A solver is a ``Recurrence``: its vectors and one ``step``. Everything about batches is done here.
 """
 
 from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Linearization
+from bilevel_imaging.linear_solvers._systems import (
+    DONE,
+    MAX_ITER,
+    NOT_FINITE,
+    REASONS,
+    RUNNING,
+    STAGNATED,
+    Operator,
+    PreconditionerChoice,
+    Systems,
+    resumed,
+    start,
+    validate,
+)
 from bilevel_imaging.linear_solvers.base import LinearSolution, LinearSolver
-from bilevel_imaging.tensors import as_per_sample, binary_scale, inner, norm, per_sample, squared_norm
-
-PreconditionerChoice = Callable[[Tensor], Tensor] | Literal["auto"] | None
-
-RUNNING, DONE, MAX_ITER, STAGNATED, INDEFINITE, NOT_FINITE = range(6)
-_REASONS = ("running", "converged", "max_iter", "stagnated", "not positive definite", "not finite")
+from bilevel_imaging.tensors import as_per_sample, binary_scale, norm, per_sample, squared_norm
 
 # On a GPU the question "has every sample stopped?" waits for the device, so it is asked only every few steps.
 _STEPS_BETWEEN_CHECKS = 4
 # A restart from the true residual must at least halve it; otherwise rounding has won.
 _RESTART_GAIN = 0.5
-
-
-@dataclass
-class Systems:
-    """A batch of systems H q = b in normalized units; the tensors are owned by the solver and changed in place.
-
-    Attributes:
-        b, q, r: right-hand side, iterate, residual b - H q as the recurrence knows it, ``(A, *image)``.
-        tol, target: the tolerance asked for, and the residual at which the recurrence stops, ``(A,)``.
-        residual: ||r||, ``(A,)``.
-        energy: bound of ||r||_{H^-1} from the recurrence, ``(A,)``; inf where it gives none.
-        status, iterations: int64 ``(A,)``.
-    """
-
-    b: Tensor
-    q: Tensor
-    r: Tensor
-    tol: Tensor
-    target: Tensor
-    residual: Tensor
-    energy: Tensor
-    status: Tensor
-    iterations: Tensor
-
-    def take(self, index: Tensor) -> Systems:
-        """Copies of the samples ``index``."""
-        return Systems(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def put(self, index: Tensor, part: Systems) -> None:
-        """Write ``part`` back to the samples ``index``."""
-        for f in fields(self):
-            getattr(self, f.name)[index] = getattr(part, f.name)
-
-    def goes_on(self, max_iter: int) -> bool:
-        """Whether every sample is running, above its target and below its limit (a comparison with NaN is false)."""
-        above = (self.residual > self.target) & (self.residual < torch.inf) & (self.iterations < max_iter)
-        return bool((above & (self.status == RUNNING)).all())
-
-    def settle(self, max_iter: int) -> None:
-        """Mark the running samples that have reached their target, their limit, or something not finite."""
-        running = self.status == RUNNING
-        status = torch.where(self.iterations >= max_iter, MAX_ITER, RUNNING)
-        status = torch.where(self.residual <= self.target, DONE, status)
-        status = torch.where(self.residual.isfinite(), status, NOT_FINITE)
-        self.status = torch.where(running, status, self.status)
-
-
-class Operator:
-    """The Hessians of the samples in the working batch, and the preconditioner that goes with them."""
-
-    def __init__(self, linearization: Linearization, preconditioner: PreconditionerChoice):
-        self.linearization = linearization
-        self._given = preconditioner
-        self.precondition = linearization.preconditioner() if preconditioner == "auto" else preconditioner
-
-    def hvp(self, v: Tensor) -> Tensor:
-        return self.linearization.hvp(v)
-
-    def subset(self, index: Tensor) -> Operator | None:
-        """The operator of the samples ``index``; ``None`` if a part of it is known for the whole batch only."""
-        if callable(self._given):
-            return None
-        part = self.linearization.subset(index)
-        return None if part is None else Operator(part, self._given)
-
-    def hvp_where(self, mask: Tensor, v: Tensor) -> Tensor:
-        """Products of the samples in ``mask``; the others are computed too, or left 0, whichever is cheaper."""
-        index = mask.nonzero().squeeze(1)
-        part = self.subset(index) if 2 * index.shape[0] <= mask.shape[0] else None
-        if part is None:
-            return self.hvp(v)
-        result = torch.zeros_like(v)
-        result[index] = part.hvp(v[index])
-        return result
 
 
 class Recurrence(abc.ABC):
@@ -193,7 +124,7 @@ class IterativeSolver(LinearSolver):
         limit = self.max_iter if max_iter is None else max_iter
         operator = Operator(linearization, self.preconditioner)
         scale = binary_scale(rhs)
-        systems = _start(operator, rhs.detach(), q0, tol, scale)
+        systems = start(operator, rhs.detach(), q0, tol, scale)
         memory = self._run(operator, systems, limit, None, check=check)
         return _solution(systems, scale, tol, q0, memory)
 
@@ -207,7 +138,7 @@ class IterativeSolver(LinearSolver):
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         operator = Operator(linearization, self.preconditioner)
         scale = binary_scale(rhs)
-        systems = _resumed(rhs.detach(), previous, tol, scale)
+        systems = resumed(rhs.detach(), previous, tol, scale)
         memory = self._run(operator, systems, self.max_iter, previous.memory, check=True)
         solution = _solution(systems, scale, tol, previous.q, memory)
         return replace(solution, iterations=solution.iterations + previous.iterations)
@@ -296,64 +227,6 @@ def _begin(
     return state
 
 
-def validate(linearization: Linearization, rhs: Tensor, q0: Tensor | None) -> None:
-    """Raise ``ValueError`` unless rhs and q0 look like the gradient of the linearization."""
-    for name, value in (("rhs", rhs), ("q0", q0)):
-        if value is None:
-            continue
-        grad = linearization.grad
-        if value.shape != grad.shape or value.dtype != grad.dtype or value.device != grad.device:
-            raise ValueError(
-                f"Expected {name} like the gradient: {tuple(grad.shape)}, {grad.dtype}, {grad.device}. "
-                f"Got {tuple(value.shape)}, {value.dtype}, {value.device}."
-            )
-
-
-def _start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: Tensor) -> Systems:
-    """Normalized systems at q0, or at 0 where that is nearer in the energy norm; trivial samples are done."""
-    finite = b.isfinite().flatten(1).all(1)
-    b = torch.where(per_sample(finite, b), b / per_sample(scale, b), 0.0)
-    q, r = torch.zeros_like(b), b.clone()
-    residual = norm(b)
-    if q0 is not None:
-        start = q0.detach() / per_sample(scale, b)
-        r0 = b - operator.hvp(start)
-        residual0 = norm(r0)
-        # ||q0 - p||_H^2 - ||p||_H^2 = -<q0, b + r0>: this costs no product
-        better = (inner(start, b + r0) > 0) | (residual0 <= tol / scale)
-        warm = residual0.isfinite() & better & (residual > 0)
-        q = torch.where(per_sample(warm, b), start, q)
-        r = torch.where(per_sample(warm, b), r0, r)
-        residual = torch.where(warm, residual0, residual)
-    status = torch.where(residual == 0, DONE, RUNNING)
-    status = torch.where(finite, status, NOT_FINITE)
-    residual = torch.where(finite, residual, torch.inf)
-    tol = tol / scale
-    energy = torch.where(residual > 0, torch.full_like(residual, torch.inf), 0.0)
-    return Systems(b, q, r, tol, tol.clone(), residual, energy, status, torch.zeros_like(status))
-
-
-def _resumed(b: Tensor, previous: LinearSolution, tol: Tensor, scale: Tensor) -> Systems:
-    """Normalized systems where an earlier run left them."""
-    units = per_sample(scale, b)
-    finite = b.isfinite().flatten(1).all(1) & previous.residual_norm.isfinite()
-    b = torch.where(per_sample(finite, b), b / units, 0.0)
-    residual = previous.residual_norm / scale
-    status = torch.where(residual == 0, DONE, RUNNING)
-    status = torch.where(finite, status, NOT_FINITE)
-    return Systems(
-        b,
-        previous.q / units,
-        previous.residual / units,
-        tol / scale,
-        tol / scale,
-        residual,
-        previous.energy_norm / scale,
-        status,
-        torch.zeros_like(status),
-    )
-
-
 def _verify(operator: Operator, systems: Systems, entered: Tensor, before: tuple[Tensor, Tensor, Tensor]) -> None:
     """Replace recursed residuals by true ones; samples whose recursion had drifted are set running again."""
     product = operator.hvp_where(entered, systems.q)
@@ -400,7 +273,7 @@ def _solution(
         residual_norm=residual,
         iterations=systems.iterations,
         converged=converged,
-        reason=tuple(_REASONS[code] for code in status),
+        reason=tuple(REASONS[code] for code in status),
         residual=systems.r * per_sample(scale, systems.r),
         energy_norm=systems.energy * scale,
         memory=memory,

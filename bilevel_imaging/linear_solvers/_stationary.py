@@ -7,7 +7,8 @@ import abc
 import torch
 from torch import Tensor
 
-from bilevel_imaging.linear_solvers._iteration import STAGNATED, Operator, Recurrence, Systems
+from bilevel_imaging.linear_solvers._iteration import Recurrence
+from bilevel_imaging.linear_solvers._systems import STAGNATED, Operator, Systems
 from bilevel_imaging.tensors import norm, per_sample, squared_norm
 
 # The largest eigenvalue is approached from below; what remains missing is made up for when the residual grows.

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.linear_solvers._block_algebra import combine, gram, orthonormalize, product
-from bilevel_imaging.linear_solvers._iteration import (
-    _REASONS,
-    _RESTART_GAIN,
-    _STEPS_BETWEEN_CHECKS,
+from bilevel_imaging.linear_solvers._iteration import _RESTART_GAIN, _STEPS_BETWEEN_CHECKS
+from bilevel_imaging.linear_solvers._systems import (
     DONE,
     INDEFINITE,
     MAX_ITER,
     NOT_FINITE,
+    REASONS,
     RUNNING,
     STAGNATED,
     Operator,
@@ -280,7 +279,7 @@ def _solution(systems: _Blocks, finite: Tensor, scale: Tensor, tol: Tensor) -> B
         residual_norm=residual,
         iterations=systems.iterations,
         converged=converged,
-        reason=tuple(_REASONS[code] for code in status.tolist()),
+        reason=tuple(REASONS[code] for code in status.tolist()),
     )
 
 

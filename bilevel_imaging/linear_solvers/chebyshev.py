@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.linear_solvers import _stationary
-from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Operator, Recurrence, Systems
+from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Recurrence
+from bilevel_imaging.linear_solvers._systems import Operator, Systems
 from bilevel_imaging.tensors import norm, per_sample
 
 # how far a residual may exceed its bound before an estimated L is taken to be wrong

@@ -6,15 +6,8 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.kernels import fusable
-from bilevel_imaging.linear_solvers._iteration import (
-    INDEFINITE,
-    NOT_FINITE,
-    IterativeSolver,
-    Operator,
-    PreconditionerChoice,
-    Recurrence,
-    Systems,
-)
+from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Recurrence
+from bilevel_imaging.linear_solvers._systems import INDEFINITE, NOT_FINITE, Operator, PreconditionerChoice, Systems
 from bilevel_imaging.tensors import inner, per_sample
 
 # mu enters the recursion reduced by this factor, and is trusted while rounding (eps * L) is below a small part of it:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Linearization
-from bilevel_imaging.linear_solvers._iteration import validate
+from bilevel_imaging.linear_solvers._systems import validate
 from bilevel_imaging.linear_solvers.base import LinearSolution, LinearSolver
 from bilevel_imaging.tensors import as_per_sample, binary_scale, norm, per_sample
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Operator
+from bilevel_imaging.linear_solvers._iteration import IterativeSolver
 from bilevel_imaging.linear_solvers._stationary import StationaryRecurrence
+from bilevel_imaging.linear_solvers._systems import Operator
 from bilevel_imaging.tensors import per_sample
 
 

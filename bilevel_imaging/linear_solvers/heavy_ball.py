@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Operator, Systems
+from bilevel_imaging.linear_solvers._iteration import IterativeSolver
 from bilevel_imaging.linear_solvers._stationary import StationaryRecurrence
+from bilevel_imaging.linear_solvers._systems import Operator, Systems
 from bilevel_imaging.tensors import per_sample
 
 # how far the residual may exceed its bound before an estimated L is taken to be wrong

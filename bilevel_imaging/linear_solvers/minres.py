@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bilevel_imaging.linear_solvers._iteration import STAGNATED, IterativeSolver, Operator, Recurrence, Systems
+from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Recurrence
+from bilevel_imaging.linear_solvers._systems import STAGNATED, Operator, Systems
 from bilevel_imaging.tensors import inner, per_sample, squared_norm
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Linearization, NewtonModel, Preconditioner
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.linear_solvers._iteration import PreconditionerChoice
+from bilevel_imaging.linear_solvers._systems import PreconditionerChoice
 from bilevel_imaging.linear_solvers.conjugate_gradient import ConjugateGradient
 from bilevel_imaging.lower_solvers.base import LowerSolution, LowerSolver
 from bilevel_imaging.tensors import as_per_sample, inner, norm, per_sample

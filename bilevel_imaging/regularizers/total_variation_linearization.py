@@ -1,0 +1,272 @@
+"""Derivatives of smoothed total variation frozen at one x: products, bounds of their changes, the Newton model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.derivatives import Directional, Linearization, LocalChange, NewtonModel
+from bilevel_imaging.regularizers.differences import (
+    differences_adjoint,
+    divergence,
+    forward_differences,
+    isotropic_curvature,
+    isotropic_primal_dual,
+    squared_operator_norm,
+    weighted_laplacian_bound,
+)
+from bilevel_imaging.regularizers.relative_curvature import Lengths, reach, relative_norm
+from bilevel_imaging.tensors import norm
+
+if TYPE_CHECKING:
+    from bilevel_imaging.regularizers.total_variation import TotalVariation
+
+X2 = 1.933  # sup |d^2/dt^2 of d phi'/d log nu| = X2 / nu^2 for phi(t) = sqrt(t^2 + nu^2)
+
+
+class TotalVariationLinearization(Linearization):
+    """Caches the unit field n = Dx / s and s, with s the smoothed length; H v = weight D^T (Dv - n <n, Dv>) / s."""
+
+    def __init__(self, regularizer: TotalVariation, x: Tensor):
+        self.regularizer = regularizer
+        self.weight, self.smoothing = regularizer._parameters_like(x.detach())
+        self.weight, self.smoothing = self.weight.detach(), self.smoothing.detach()
+        self.shape = x.shape
+        self.constants = regularizer.constants(x.shape)
+        z = forward_differences(x)
+        squared = regularizer._group(z * z)
+        self.reciprocal = squared.add_(self.smoothing * self.smoothing).rsqrt_() if regularizer.isotropic else None
+        if self.reciprocal is None:
+            self.reciprocal = (z * z).add_(self.smoothing * self.smoothing).rsqrt_()
+        self.scale = -self.weight * self.reciprocal  # the signs of D^T = -div and the weight, folded in once
+        self.grad = divergence(self.scale * z)
+        self.unit = z.mul_(self.reciprocal)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        if self.regularizer.is_plain:
+            return isotropic_curvature(v, self.unit, self.scale, self._work)
+        dv = forward_differences(v)
+        along = self.regularizer._group(self.unit * dv)
+        return divergence(dv.addcmul_(self.unit, along, value=-1).mul_(self.scale))
+
+    def _curvature(self, dv: Tensor) -> Tensor:
+        """phi''(Dx) dv, in place."""
+        along = self.regularizer._group(self.unit * dv)
+        return dv.addcmul_(self.unit, along, value=-1).mul_(self.reciprocal)
+
+    @cached_property
+    def _work(self) -> Tensor:
+        return self.unit.new_empty((2, *self.unit.shape))
+
+    def _smoothing_field(self) -> Tensor:
+        """d phi' / d log nu = -nu^2 z / s^3."""
+        return -(self.smoothing**2) * self.unit * self.reciprocal.square()
+
+    def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
+        products: dict[str, Tensor] = {}
+        trainable = self.regularizer.trainable()
+        if "log_weight" in trainable:
+            products["log_weight"] = (q * self.grad).sum().to(self.regularizer.log_weight.dtype)
+        if "log_smoothing" in trainable:
+            total = self.weight * (forward_differences(q) * self._smoothing_field()).sum()
+            products["log_smoothing"] = total.to(self.regularizer.log_smoothing.dtype)
+        return products
+
+    def mixed_columns(self) -> Tensor:
+        columns = []
+        if self.regularizer.log_weight.requires_grad:
+            columns.append(self.grad)
+        if self.regularizer.log_smoothing.requires_grad:
+            columns.append(self.weight * differences_adjoint(self._smoothing_field()))
+        if not columns:
+            return self.grad.new_zeros((self.shape[0], 0, *self.shape[1:]))
+        return torch.stack(columns, 1)
+
+    def directional(self, q: Tensor, radius: Tensor) -> Directional:
+        """Localized: sup |phi'''| is taken over what each difference can become inside the ball."""
+        dq = forward_differences(q)
+        length_q = self._lengths(dq)
+        length = self._lengths(self.unit / self.reciprocal)
+        reach = self.regularizer.row_norm * radius.reshape(1, -1, *([1] * (length.dim() - 2)))
+        low, high = (length - reach).clamp_(min=0), length + reach
+        nu = self.smoothing
+
+        def largest(weights: Tensor, sweeps: int) -> Tensor:
+            # |<(H(x) - H) q, u>| <= sum weights_i |De|_i |Du|_i <= lambda_max(D^T diag(weights) D) |e| |u|
+            return self.weight * weighted_laplacian_bound((weights * length_q).expand((2, *self.shape)), sweeps)
+
+        third = self._third_derivative(torch.minimum(torch.maximum(nu / 2, low), high))
+        hessian = largest(third, 2)
+        components = []
+        if self.regularizer.log_weight.requires_grad:
+            slope = self.weight * differences_adjoint(self._curvature(dq.clone()))
+            components.append(norm(slope) + 0.5 * hessian * radius)
+        if self.regularizer.log_smoothing.requires_grad:
+            slope = self.weight * differences_adjoint(self._smoothing_curvature(dq))
+            fourth = torch.where(low >= nu / 2, (6 * nu**2 / (low**2 + nu**2) ** 2), X2 / nu**2).clamp_(max=X2 / nu**2)
+            remainder = largest(fourth, 1)  # multiplies a square of the radius: need not be sharp
+            components.append(norm(slope) + 0.5 * remainder * radius)
+        stacked = torch.stack(components, 1) if components else q.new_zeros((self.shape[0], 0))
+        return Directional(hessian, stacked.norm(dim=1), stacked)
+
+    def _lengths(self, z: Tensor) -> Tensor:
+        """Length of what is under one root."""
+        return self.regularizer._group(z * z).sqrt()
+
+    def _third_derivative(self, t: Tensor) -> Tensor:
+        """sup of the norm of D^3 phi over vectors of length t; unimodal with its peak M3/nu^2 at nu/2."""
+        s2 = t * t + self.smoothing**2
+        line = 3 * self.smoothing**2 * t * s2 ** (-2.5)
+        if not self.regularizer.isotropic:
+            return line
+        # a vector of length t >= nu/sqrt(2) has directions with a larger third derivative than its own
+        return torch.where(t * t > 0.5 * self.smoothing**2, 2 / math.sqrt(3) / s2, line)
+
+    def _smoothing_curvature(self, dq: Tensor) -> Tensor:
+        """Derivative of d phi'/d log nu along dq: -nu^2 (dq - 3 n <n, dq>) / s^3."""
+        along = self.regularizer._group(self.unit * dq)
+        return -(self.smoothing**2) * (dq - 3 * self.unit * along) * self.reciprocal**3
+
+    @property
+    def weight_column(self) -> int | None:
+        """Which column of J is the gradient itself."""
+        return 0 if self.regularizer.log_weight.requires_grad else None
+
+    def _local_lengths(self, radius: Tensor, mu: Tensor) -> tuple[Lengths, Tensor, Tensor]:
+        """Lengths on the ball ||e||_H <= radius, and how far De reaches there in all and across z."""
+        length = self._lengths(self.unit / self.reciprocal)
+        shape = (1, -1, *([1] * (length.dim() - 2)))
+        radius, mu = radius.to(length.dtype).reshape(shape), mu.to(length.dtype).reshape(shape)
+        floor = mu / squared_operator_norm(self.shape[-2], self.shape[-1])
+        at = Lengths(length, length, length, self.weight, self.smoothing, floor)
+        far, across = reach(at, radius, self.regularizer.row_norm * mu.rsqrt())
+        return replace(at, low=(length - far).clamp(min=0), high=length + far), far, across
+
+    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor:
+        at, far, across = self._local_lengths(radius, strong_convexity)
+        # De stays parallel to itself while z_t = z + t De turns: |De x z_t| = |De x z|
+        change = relative_norm(at, far, across * at.length if self.regularizer.isotropic else None)
+        return change.transpose(0, 1).flatten(1).amax(1).double() / radius
+
+    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange:
+        at, far, _ = self._local_lengths(radius, strong_convexity)
+        dq = forward_differences(q)
+        length_q = self._lengths(dq)
+        along, across = length_q, None
+        if self.regularizer.isotropic:
+            tiny = torch.finfo(q.dtype).tiny
+            along = self.regularizer._group(self.unit / (at.length * self.reciprocal).clamp(min=tiny) * dq).abs()
+            across = (length_q**2 - along**2).clamp(min=0).sqrt()
+            # z_t leaves the direction of z by an angle whose sine is at most |De| / |z|
+            along = torch.minimum(length_q, along + across * (far / at.length.clamp(min=tiny)).clamp(max=1))
+            across = across * at.length + length_q * far  # |dq x z_t| <= |dq x z| + |dq| |De|
+        hessian = relative_norm(at, along, across).transpose(0, 1).flatten(1).amax(1)
+        energy = (dq * self._curvature(dq.clone())).transpose(0, 1).flatten(1).sum(1)
+        trainable = self.regularizer.trainable()
+        # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
+        slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
+        up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
+        return LocalChange(
+            up * hessian.double(),
+            torch.tensor(slopes, dtype=torch.float64, device=q.device),
+            up * (self.weight * energy).double().clamp(min=0).sqrt(),
+        )
+
+    def mixed_energy_norms(self) -> Tensor:
+        """||D^T p||_{H^-1}^2 <= sum <p, (weight D^2 phi)^-1 p>: for log nu that is weight sum |z|^2 nu^2 / s^3, for the
+        weight weight sum |z|^2 s / nu^2."""
+        length2 = self._group_double(self.unit / self.reciprocal)
+        r = self.reciprocal.double()
+        trainable, nu = self.regularizer.trainable(), self.smoothing.double()
+        terms = []
+        if "log_weight" in trainable:
+            terms.append(length2 / (r * nu**2))
+        if "log_smoothing" in trainable:
+            terms.append(length2 * nu**2 * r**3)
+        sums = [(self.weight.double() * t.transpose(0, 1).flatten(1).sum(1)).sqrt() * (1 + 1e-4) for t in terms]
+        return torch.stack(sums, 1) if sums else self.grad.new_zeros((self.shape[0], 0), dtype=torch.float64)
+
+    def _group_double(self, z: Tensor) -> Tensor:
+        return self.regularizer._group(z.double().square())
+
+    def hessian_diagonal(self) -> Tensor:
+        """Diagonal of the Hessian, ``(B, C, H, W)``."""
+        return self._diagonal(self.unit)
+
+    def _diagonal(self, dual: Tensor) -> Tensor:
+        """Diagonal of weight D^T (I - (u n^T + n u^T) / 2) D / s with u = ``dual``."""
+        own = (1 - self.unit * dual) * self.reciprocal.expand_as(self.unit)
+        # a pixel is the start of its own two differences and the end of its left and upper neighbors' ones
+        own[0][..., -1] = 0
+        own[1][..., -1, :] = 0
+        diagonal = own[0] + own[1]
+        if self.regularizer.isotropic:
+            cross = self.unit[0] * dual[1] + self.unit[1] * dual[0]
+            diagonal = diagonal - cross * self.reciprocal[0]
+        diagonal[..., 1:] += own[0][..., :-1]
+        diagonal[..., 1:, :] += own[1][..., :-1, :]
+        return self.weight * diagonal
+
+    def diffusion(self) -> Tensor:
+        return self.hessian_diagonal() / 4
+
+    def subset(self, index: Tensor) -> Linearization:
+        other = object.__new__(TotalVariationLinearization)
+        other.regularizer, other.weight, other.smoothing = self.regularizer, self.weight, self.smoothing
+        other.shape = torch.Size((len(index), *self.shape[1:]))
+        other.constants = self.constants.subset(index)
+        other.reciprocal, other.unit, other.scale = (
+            field[:, index] for field in (self.reciprocal, self.unit, self.scale)
+        )
+        other.grad = self.grad[index]
+        return other
+
+    def newton_memory(self, *, cold: bool) -> Tensor:
+        unit = self.unit.transpose(0, 1)
+        return torch.zeros_like(unit) if cold else unit.clone()
+
+    def newton_model(self, memory: Tensor) -> NewtonModel:
+        return PrimalDualModel(self, memory.transpose(0, 1))
+
+
+class PrimalDualModel(NewtonModel):
+    """weight D^T (I - (u n^T + n u^T) / 2) D / s, with a dual field |u| <= 1 in place of one n = Dx / s.
+
+    Chan, Golub & Mulet (1999): linearizing the dual equation u s = Dx instead of u = Dx / s, whose linearization holds
+    in a much larger neighborhood. u = 0 is the quadratic majorizer (lagged diffusivity), u = n is Newton's method.
+    """
+
+    def __init__(self, linearization: TotalVariationLinearization, dual: Tensor):
+        self.at, self.dual, self.half = linearization, dual, 0.5 * dual
+        self.group = linearization.regularizer._group
+
+    def hvp(self, v: Tensor) -> Tensor:
+        at = self.at
+        if at.regularizer.is_plain:
+            return isotropic_primal_dual(v, at.unit, self.half, at.scale, self._work)
+        dv = forward_differences(v)
+        along_unit, along_half = self.group(at.unit * dv), self.group(self.half * dv)
+        dv.addcmul_(self.half, along_unit, value=-1).addcmul_(at.unit, along_half, value=-1)
+        return divergence(dv.mul_(at.scale))
+
+    def diffusion(self) -> Tensor:
+        return self.at._diagonal(self.dual) / 4
+
+    @cached_property
+    def _work(self) -> Tensor:
+        return self.half.new_empty((3, *self.half.shape))
+
+    def advance(self, d: Tensor, step: Tensor) -> Tensor:
+        at = self.at
+        dd = forward_differences(d)
+        along = self.group(at.unit * dd)
+        dual = dd.addcmul_(self.dual, along, value=-1).mul_(at.reciprocal).add_(at.unit)
+        if not bool((step == 1).all()):
+            dual = torch.lerp(self.dual, dual, step.reshape(1, -1, *([1] * (d.dim() - 1))))
+        # |u| <= 1 keeps the model positive semidefinite
+        return dual.div_(self.group(dual * dual).sqrt_().clamp_(min=1)).transpose(0, 1)
