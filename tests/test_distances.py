@@ -156,9 +156,8 @@ def test_kinked_energies_use_the_ball(regularizer):
     x = torch.stack([torch.from_numpy(s.x.astype(float)).reshape(case.x_true.shape[1:]) for s in samples])
     near = x + 1e-9 * torch.ones_like(x)
     found = bi.distance_certificates(case.problem, near)
-    if bool(found["kantorovich"].isfinite().all()):
-        assert bool((found["kantorovich"] <= 1.1e-9 * x[0].numel() ** 0.5).all())
-    assert bool((found["newton"] < 2e-9 * x[0].numel() ** 0.5).all())
+    for name in ("kantorovich", "newton"):
+        assert bool((found[name] <= 1.02e-9 * x[0].numel() ** 0.5).all()), name
 
 
 # --- dtypes, batches, solvers, missing constants, misuse

@@ -182,7 +182,7 @@ def test_a_resumed_solve_is_the_uninterrupted_one():
     assert spent < 4 * (whole.iterations.max() + 1)
 
 
-@pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_fft"])
+@pytest.mark.parametrize("physics", ["inpainting", "blur_fft"])
 def test_the_automatic_preconditioner_is_positive_definite_and_saves_iterations(physics):
     case = build("tv_isotropic", physics, batch=1, channels=1, size=(24, 24), weight=0.3, smoothing=0.005, ridge=1e-3)
     x = bi.lower_solvers.NewtonCG().solve(case.problem, None, 1e-6).x

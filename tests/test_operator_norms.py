@@ -17,9 +17,9 @@ import bilevel_imaging as bi
 from bilevel_imaging.certificates import operator_norms
 from bilevel_imaging.derivatives import Constants
 from bilevel_imaging.hypergradients import average
-from bilevel_imaging.hypergradients.evaluation import Point
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import mixed_operators, randomized_mixed_norms
+from bilevel_imaging.hypergradients.point import Point
 
 F32, F64 = torch.float32, torch.float64
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -28,13 +28,16 @@ def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Pre
         ridge: of the energy.
 
     Returns:
-        ``None`` if the data term has neither, or where no preconditioner is needed.
+        ``None`` if the data term has neither, or where no preconditioner is needed or none pays.
     """
     diagonal, spectrum = data.diagonal(), data.spectrum()
     if diagonal is None and spectrum is None:
         return None
     base = spectrum.mean((-1, -2), keepdim=True) if diagonal is None else diagonal
     base = base + ridge
+    if diagonal is not None and diagonal.dim() == 0 and coefficient.device.type == "cpu":
+        # denoising: half the iterations, but on a CPU a product is so cheap that the transforms cost as much
+        return None
     if bool((coefficient.amax() <= WORTHWHILE * base.amin() / 4).all()):
         return None
     squared = coefficient + FLOOR * base

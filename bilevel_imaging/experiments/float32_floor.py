@@ -6,7 +6,8 @@
 
 Asked for are fixed tolerances, error_tol = residual_tol, and goals, relative=... With a goal, float32 solutions are
 corrected by what their float64 residuals say (iterative refinement), so that only the all-float32 way stops early.
-The truth is that of the problem which the float32 numbers define, for all three.
+The truth is that of the problem which the float32 numbers define, for all three, in float64: true errors near its own,
+which is orders of magnitude below its bound (``truth_bound``), say no more than that.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, Point, estimate
+from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
 from bilevel_imaging.tensors import inner, norm, per_sample

@@ -105,7 +105,8 @@ def average(parts: Sequence[Hypergradient], sizes: Sequence[int], *, earlier: Co
         components = {
             n: sum(w * p.component_bounds[n] for w, p in zip(weights, parts, strict=True)) for n in parts[0].grad
         }
-    bound = mean([p.bound for p in parts])
+    verified_by = _average_pair(parts, weights, "verified_by")
+    bound = _against((grad, mean([p.bound for p in parts])), verified_by)[1]
     size = float(sum(float(g.detach().double().square().sum()) for g in grad.values()) ** 0.5)
     reasons = sorted({p.reason for p in parts if p.reason})
     return Hypergradient(
@@ -117,7 +118,8 @@ def average(parts: Sequence[Hypergradient], sizes: Sequence[int], *, earlier: Co
         reason="; ".join(reasons),
         certificate=parts[0].certificate,
         bounds={n: mean([p.bounds[n] for p in parts]) for n in parts[0].bounds if all(n in p.bounds for p in parts)},
-        before_polish=_average_before_polish(parts, weights, grad, bound),
+        before_polish=_against(_average_pair(parts, weights, "before_polish"), verified_by or (grad, bound)),
+        verified_by=verified_by,
         terms={n: mean([p.terms[n] for p in parts]) for n in parts[0].terms},
         loss=mean([p.loss for p in parts]),
         loss_interval=(mean([p.loss_interval[0] for p in parts]), mean([p.loss_interval[1] for p in parts])),
@@ -131,9 +133,21 @@ def average(parts: Sequence[Hypergradient], sizes: Sequence[int], *, earlier: Co
     )
 
 
-def _average_before_polish(parts, weights, grad, bound):
-    if any(p.before_polish is None for p in parts):
+def _average_pair(parts: Sequence[Hypergradient], weights: Sequence[float], name: str):
+    """Mean of the estimates called ``name`` and of their bounds; ``None`` if a part has none."""
+    pairs = [getattr(p, name) for p in parts]
+    if any(pair is None for pair in pairs):
         return None
-    first = {n: sum(w * p.before_polish[0][n] for w, p in zip(weights, parts, strict=True)) for n in grad}
-    moved = sum(float((first[n] - grad[n]).double().square().sum()) for n in grad) ** 0.5
-    return first, moved + bound
+    grad = {n: sum(w * pair[0][n] for w, pair in zip(weights, pairs, strict=True)) for n in parts[0].grad}
+    return grad, sum(w * pair[1] for w, pair in zip(weights, pairs, strict=True))
+
+
+def _distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return sum(float((a[n] - b[n]).double().square().sum()) for n in a) ** 0.5
+
+
+def _against(pair, reference):
+    """The estimate of a pair with the bound that its distance to a better one gives, where that is smaller."""
+    if pair is None or reference is None:
+        return pair
+    return pair[0], min(pair[1], _distance(pair[0], reference[0]) + reference[1])

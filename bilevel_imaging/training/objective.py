@@ -125,7 +125,12 @@ class BilevelObjective:
         return CertifiedValue(value=value, lower=lower, upper=upper, cost=total)
 
     def hypergradient(
-        self, *, error_tol: float | None = None, residual_tol: float | None = None, relative: float | None = None
+        self,
+        *,
+        error_tol: float | None = None,
+        residual_tol: float | None = None,
+        relative: float | None = None,
+        bound_tol: float | None = None,
     ) -> Hypergradient:
         """Certified hypergradient of F at the current theta: of all pairs, or of the next minibatch.
 
@@ -133,7 +138,7 @@ class BilevelObjective:
         """
         chunks = self._next_chunks()
         if relative is None:
-            return average(*self._pass(chunks, error_tol=error_tol, residual_tol=residual_tol))
+            return average(*self._pass(chunks, error_tol=error_tol, residual_tol=residual_tol, bound_tol=bound_tol))
         result = average(*self._pass(chunks, relative=relative))
         for _ in range(MAX_PASSES - 1 if len(chunks) > 1 else 0):
             if not result.certified or result.bound <= relative * result.norm:

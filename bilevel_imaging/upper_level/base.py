@@ -39,7 +39,12 @@ class Objective(Protocol):
         ...
 
     def hypergradient(
-        self, *, error_tol: float | None = None, residual_tol: float | None = None, relative: float | None = None
+        self,
+        *,
+        error_tol: float | None = None,
+        residual_tol: float | None = None,
+        relative: float | None = None,
+        bound_tol: float | None = None,
     ) -> Hypergradient:
         """The hypergradient at the current theta."""
         ...

@@ -1,0 +1,166 @@
+"""A lower-level point and what is measured there, whatever the adjoint."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging import certificates
+from bilevel_imaging.derivatives import Constants, Linearization, Metric
+from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
+from bilevel_imaging.tensors import inner, norm
+
+
+class Point:
+    """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``.
+
+    ``working`` is a linearization at x for solvers, in the dtype of the data; by default the same as that of the point.
+    ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
+    A randomized bound made here appends the probability that it fails to ``failures``.
+    """
+
+    def __init__(
+        self,
+        problem: LowerLevelProblem,
+        loss: LossOracle,
+        x: Tensor,
+        working: Linearization | None = None,
+        gradient_energy: Tensor | None = None,
+        failures: list[float] | None = None,
+    ):
+        self.problem, self.loss, self.x = problem, loss, x
+        self.linearization = problem.linearize(x)
+        self.working = self.linearization if working is None else working
+        self.constants = self.linearization.constants
+        self.gradient = self.linearization.grad
+        self.loss_value = loss.value(x).double()
+        self.loss_grad = loss.grad(x)
+        self.rounding = problem.gradient_rounding(x).double() + problem.input_uncertainty(x).double()
+        self.measured_grad_norm = norm(self.gradient).double()
+        self.grad_norm = self.measured_grad_norm + self.rounding
+        self.gradient_energy = gradient_energy
+        self.failures = [] if failures is None else failures
+
+    @cached_property
+    def ball_constants(self) -> Constants:
+        """Constants on the ball that holds the minimizer, where the energy has better ones there than everywhere."""
+        constants = self.constants
+        if constants.strong_convexity is None:
+            return constants
+        ball = self.linearization.constants_on_ball(self.distance)
+        return constants if ball is None else ball
+
+    @property
+    def value_reason(self) -> str:
+        """Why the loss can't be enclosed at this point; empty if it can."""
+        constants = self.ball_constants
+        if constants.strong_convexity is None:
+            return constants.reason or "no strong convexity constant is known"
+        if constants.hessian_lipschitz is None:
+            return constants.reason or "the Lipschitz constant of the Hessian is not known"
+        if self.loss.smoothness is None:
+            return "the upper-level loss does not declare its smoothness"
+        return ""
+
+    @property
+    def reason(self) -> str:
+        """Why nothing can be certified at this point; empty if it can."""
+        constants = self.ball_constants
+        if self.value_reason:
+            return self.value_reason
+        if constants.mixed_lipschitz is None:
+            return constants.reason or "the Lipschitz constant of the mixed derivative is not known"
+        if not bool(self.mixed_norm.isfinite().all()):
+            return (
+                "the norm of the mixed derivative is not known (autograd through grad fails or contradicts mixed_vjp)"
+            )
+        return ""
+
+    @cached_property
+    def columns(self) -> Tensor | None:
+        """Columns of J, ``(B, n, *image)``."""
+        return self.linearization.mixed_columns()
+
+    @cached_property
+    def column_norms(self) -> Tensor | None:
+        """``(B, n)`` float64."""
+        return None if self.columns is None else self.columns.flatten(2).double().norm(dim=2)
+
+    @cached_property
+    def mixed_norm(self) -> Tensor:
+        """||J||, ``(B,)``: exact from its columns where they are few, else the a priori bound, else from products."""
+        if self.columns is not None:
+            return certificates.operator_norms.from_columns(self.columns)
+        if self.constants.mixed_norm is not None:
+            return self.constants.mixed_norm
+        bounds, failure_probability = randomized_mixed_norms(self.problem, self.linearization, self.x)
+        self.failures.append(failure_probability)
+        return bounds
+
+    @cached_property
+    def metric(self) -> Metric | None:
+        """The problem's metric, where the columns of J can be measured in it."""
+        return None if self.columns is None else self.problem.metric()
+
+    @cached_property
+    def metric_grad_norm(self) -> Tensor:
+        """||G||_{M^-1} with rounding, ``(B,)`` float64."""
+        size = inner(self.gradient, self.metric.inverse(self.gradient)).double().clamp(min=0).sqrt()
+        return size + self.rounding / self.metric.lowest.sqrt()
+
+    @cached_property
+    def metric_mixed_norm(self) -> Tensor:
+        """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64."""
+        scaled = torch.stack([self.metric.inverse(column) for column in self.columns.unbind(1)], 1)
+        gram = self.columns.flatten(2).double() @ scaled.flatten(2).double().transpose(1, 2)
+        return torch.linalg.eigvalsh(0.5 * (gram + gram.transpose(1, 2)))[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """Certified bound of ||x - x*||, the smallest available, ``(B,)`` float64; inf if unknown."""
+        if self.constants.strong_convexity is None:
+            return torch.full_like(self.grad_norm, torch.inf)
+        bound = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
+        if self.metric is not None:
+            bound = torch.minimum(bound, self.metric_grad_norm / self.metric.lowest.sqrt())
+        return torch.minimum(bound, self.energy_distance / self.constants.strong_convexity.double().sqrt())
+
+    def dual_norm(self, v: Tensor) -> Tensor:
+        """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
+        plain = norm(v).double() / self.constants.strong_convexity.double().sqrt()
+        metric = self.problem.metric()
+        if metric is None:
+            return plain
+        return torch.minimum(plain, inner(v, metric.inverse(v)).double().clamp(min=0).sqrt() * (1 + 1e-12))
+
+    @cached_property
+    def dual_grad_norm(self) -> Tensor:
+        """||G||_{H^-1} with rounding, ``(B,)`` float64."""
+        size = self.dual_norm(self.gradient)
+        if self.gradient_energy is not None:
+            size = torch.minimum(size, self.gradient_energy)
+        return size + self.rounding / self.constants.strong_convexity.double().sqrt()
+
+    @cached_property
+    def relative_curvature(self) -> Tensor | None:
+        """K on the ball where ``energy_distance`` looks for x*, ``(B,)`` float64; ``None`` if not known."""
+        radius = (certificates.TRIAL_FACTOR * self.dual_grad_norm).clamp(min=1e-150)
+        return self.linearization.relative_curvature(radius, self.constants.strong_convexity.double())
+
+    @cached_property
+    def energy_distance(self) -> Tensor:
+        """Certified bound of ||x - x*||_H, ``(B,)`` float64; inf where the local test fails."""
+        if self.constants.strong_convexity is None or self.relative_curvature is None:
+            return torch.full_like(self.grad_norm, torch.inf)
+        return certificates.energy_distance(self.dual_grad_norm, self.relative_curvature)
+
+    @cached_property
+    def mixed_dual_norms(self) -> Tensor:
+        """||J_j||_{H^-1}, the smaller of what a solve-free bound gives and of the energy's own, ``(B, n)`` float64."""
+        norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
+        own = self.linearization.mixed_energy_norms()
+        return norms if own is None else torch.minimum(norms, own)
