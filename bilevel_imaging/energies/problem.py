@@ -90,16 +90,6 @@ class LowerLevelProblem(abc.ABC):
         unit = torch.finfo(self.dtype).eps
         return 8 * unit * x.flatten(1).norm(dim=1)
 
-    def input_uncertainty(self, x: Tensor) -> Tensor:
-        """Change of ``grad(x)`` when parameters that were stored in float32 are off by half a unit of the last place,
-        ``(B,)``; data and operators count as exact: the numbers that they store define the problem."""
-        return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-
-    @property
-    def relative_uncertainty(self) -> float:
-        """The same for products with second derivatives, relative to their size."""
-        return 0.0
-
     def metric(self) -> Metric | None:
         """A matrix below every Hessian that is cheap to invert, or ``None``."""
         return None

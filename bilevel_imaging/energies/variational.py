@@ -166,20 +166,6 @@ class VariationalProblem(LowerLevelProblem):
             scale = scale + self.ridge * x.detach().double().flatten(1).norm(dim=1)
         return 4 * torch.finfo(self.dtype).eps * scale
 
-    def input_uncertainty(self, x: Tensor) -> Tensor:
-        return self._parameter_uncertainty * self.regularizer.gradient_scale(x)
-
-    @property
-    def relative_uncertainty(self) -> float:
-        return self._parameter_uncertainty
-
-    @property
-    def _parameter_uncertainty(self) -> float:
-        """exp(log w) is off by |log w| half units when log w was stored in float32; 0 for float64 parameters."""
-        stored = [p for p in self.regularizer.parameters() if p.dtype == torch.float32]
-        largest = max((float(p.detach().abs().max()) for p in stored if p.numel()), default=0.0)
-        return 2**-24 * (1 + largest) if stored else 0.0
-
     def metric(self) -> Metric | None:
         """A^T A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""
         lowest = self.data.lowest + self.ridge

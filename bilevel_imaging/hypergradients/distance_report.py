@@ -86,7 +86,7 @@ class _Gradient:
     @classmethod
     def at(cls, problem: LowerLevelProblem, x: Tensor) -> _Gradient:
         linearization = problem.linearize(x)
-        rounding = problem.gradient_rounding(x).double() + problem.input_uncertainty(x).double()
+        rounding = problem.gradient_rounding(x).double()
         return cls(problem, x, linearization, norm(linearization.grad).double(), rounding)
 
     @property
@@ -149,7 +149,7 @@ class _NewtonStep:
         smoothness = at.linearization.constants.smoothness
         size = 10 * norm(product).double() if smoothness is None else smoothness.double() * s_norm
         unit = 8 * torch.finfo(s.dtype).eps
-        rounding = (unit + at.problem.relative_uncertainty) * size + unit * at.norm + at.rounding
+        rounding = unit * size + unit * at.norm + at.rounding
         dual = at.dual_norm(r)
         if solution.energy_norm is not None and solution.residual is not None:
             known = solution.energy_norm.double() * (1 + ENERGY_SLACK) + at.dual_norm(r - solution.residual)

@@ -87,8 +87,7 @@ def estimate(point: Point, q: Tensor, *, gradient: bool = True, known: LinearSol
     q_norm = norm(q).double()
     smoothness = point.constants.smoothness
     size = 10 * norm(product).double() if smoothness is None else smoothness.double() * q_norm
-    relative = point.problem.relative_uncertainty
-    rounding = (unit + relative) * size + unit * norm(point.loss_grad).double()
+    rounding = unit * size + unit * norm(point.loss_grad).double()
     measured = norm(residual).double()
     partial = Estimate(
         point=point,
@@ -181,8 +180,9 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     local_components = None
     if e.local is not None:
         bounds["local"], local_components = certificates.local(e.local)
-    # derivatives are off by the same relative amount as the parameters and filters they were computed from
-    representation = point.problem.relative_uncertainty * m.mixed_norm * q_norm
+    # J and its product with q are rounded too, and so is the estimate in the dtype of the parameters
+    stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
+    representation = 8 * torch.finfo(e.q.dtype).eps * m.mixed_norm * q_norm + stored * e.norm
     bounds = {name: replace(b, remainder=b.remainder + representation).without_nan() for name, b in bounds.items()}
     components = None
     if along is not None and along.mixed_components is not None and point.column_norms is not None:
@@ -200,7 +200,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         e,
         bounds=bounds,
         component_bounds=components,
-        rounding_share=_rounding_share(m, bounds["directional"], point, measured, hessian, mixed),
+        rounding_share=_rounding_share(e, bounds, e.residual_norm - measured),
     )
 
 
@@ -238,15 +238,23 @@ def _metric_bound(e: Estimate, m: Measurements, rounding: Tensor, mixed: Tensor)
     )
 
 
-def _rounding_share(
-    m: Measurements, full: Bound, point: Point, measured: Tensor, hessian: Tensor, mixed: Tensor
-) -> Tensor:
-    """Fraction of the bound that would vanish in exact arithmetic."""
-    exact = replace(m, distance=point.measured_grad_norm / m.strong_convexity, residual_norm=measured)
-    exact = replace(exact, distance=torch.minimum(exact.distance, m.distance))
-    total = full.total
-    share = 1 - certificates.directional(exact, hessian, mixed).total / torch.where(total > 0, total, 1)
-    return share.clamp(0, 1)
+def _rounding_share(e: Estimate, bounds: dict[str, Bound], rounding: Tensor) -> Tensor:
+    """Fraction of the smallest bound that is due to rounding: of its lower part as of ||G||, of its linear as of R."""
+    point, root = e.point, e.point.constants.strong_convexity.double().sqrt()
+    plain = (point.rounding / point.grad_norm, rounding / e.residual_norm)
+    dual = plain
+    if e.local is not None:
+        dual = (point.rounding / root / point.dual_grad_norm, rounding / root / e.local.residual_norm)
+    totals = torch.stack([b.total for b in bounds.values()])
+    best = totals.argmin(0)
+    is_local = best == (list(bounds).index("local") if "local" in bounds else -1)
+    lower, linear = (
+        torch.stack([getattr(b, part) for b in bounds.values()]).gather(0, best.unsqueeze(0))[0]
+        for part in ("lower", "linear")
+    )
+    shares = [torch.where(is_local, d, p).nan_to_num(nan=0.0) for d, p in zip(dual, plain, strict=True)]
+    share = (lower * shares[0] + linear * shares[1]) / (lower + linear)
+    return share.nan_to_num(nan=0.0).clamp(0, 1)
 
 
 def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:

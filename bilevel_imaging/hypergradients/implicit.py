@@ -175,7 +175,7 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
         return only, only
     names = _available(first, names)
     current, bound = first, _total(first, names)
-    answer, goal = None, POLISHED_RELATIVE * first.norm
+    answer, goal = None, min(POLISHED_RELATIVE * first.norm, POLISHED_SHARE * bound)
     for _ in range(MAX_CORRECTIONS):
         better = refiner.improve(current, goal, newton=True, names=names)
         better_bound = _total(better, names)

@@ -39,7 +39,7 @@ class Point:
         self.gradient = self.linearization.grad
         self.loss_value = loss.value(x).double()
         self.loss_grad = loss.grad(x)
-        self.rounding = problem.gradient_rounding(x).double() + problem.input_uncertainty(x).double()
+        self.rounding = problem.gradient_rounding(x).double()
         self.measured_grad_norm = norm(self.gradient).double()
         self.grad_norm = self.measured_grad_norm + self.rounding
         self.gradient_energy = gradient_energy

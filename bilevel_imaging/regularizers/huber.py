@@ -88,7 +88,7 @@ class HuberTotalVariation(DifferenceRegularizer):
         return _HuberLinearization(self, x)
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
-        weight, nu = float(self.log_weight.detach().exp()), float(self.log_smoothing.detach().exp())
+        weight, nu = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
         norm2 = squared_operator_norm(shape[-2], shape[-1])
         roots = math.prod(shape[1:]) * (1 if self.isotropic else 2)
         columns = int(self.log_weight.requires_grad) + int(self.log_smoothing.requires_grad)

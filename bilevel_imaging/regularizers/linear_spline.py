@@ -106,7 +106,7 @@ class LinearSpline(DifferenceRegularizer):
         return _LinearSplineLinearization(self, x)
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
-        weight, slopes = float(self.log_weight.detach().exp()), self.log_slopes.detach().double().exp()
+        weight, slopes = float(self.log_weight.detach().double().exp()), self.log_slopes.detach().double().exp()
         norm2 = squared_operator_norm(shape[-2], shape[-1])
         lipschitz = weight * norm2 * float(slopes.max())
         largest = weight * self.spacing * float(slopes.sum()) * math.sqrt(2 * math.prod(shape[1:]) * norm2)

@@ -42,7 +42,7 @@ class Tikhonov(Regularizer):
         return x if self.operator == "identity" else differences_adjoint(forward_differences(x))
 
     def _weight(self, x: Tensor) -> Tensor:
-        return self.log_weight.exp().to(x.dtype)
+        return self.log_weight.double().exp().to(x.dtype)
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.operator == "identity":
@@ -57,7 +57,7 @@ class Tikhonov(Regularizer):
             return _TikhonovLinearization(self, x.detach())
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
-        weight = float(self.log_weight.detach().exp())
+        weight = float(self.log_weight.detach().double().exp())
         norm2 = 1.0 if self.operator == "identity" else squared_operator_norm(shape[-2], shape[-1])
         mu = weight if self.operator == "identity" else 0.0
         lipschitz = weight * norm2 if self.log_weight.requires_grad else 0.0
@@ -69,7 +69,7 @@ class Tikhonov(Regularizer):
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            weight, x = self.log_weight.exp().double(), x.detach().double()
+            weight, x = self.log_weight.double().exp(), x.detach().double()
             if self.operator == "identity":
                 return weight * norm(x)
             # differences cancel on smooth images: what is added up is Dx, not D^T D x

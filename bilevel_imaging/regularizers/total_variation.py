@@ -70,8 +70,8 @@ class TotalVariation(Regularizer):
         }
 
     def _parameters_like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # exponentiated in the parameters' own precision, so that float32 images do not round the weights twice
-        return self.log_weight.exp().to(x.dtype), self.log_smoothing.exp().to(x.dtype)
+        # exponentiated in float64: the stored numbers, whatever their dtype, define the energy
+        return self.log_weight.double().exp().to(x.dtype), self.log_smoothing.double().exp().to(x.dtype)
 
     def _group(self, a: Tensor) -> Tensor:
         """Sum over what shares one root; a: (2, B, C, H, W)."""
@@ -96,7 +96,7 @@ class TotalVariation(Regularizer):
             return TotalVariationLinearization(self, x.detach())
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
-        weight, smoothing = float(self.log_weight.detach().exp()), float(self.log_smoothing.detach().exp())
+        weight, smoothing = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
         norm2 = squared_operator_norm(shape[-2], shape[-1])
         roots = math.prod(shape[1:]) * (1 if self.isotropic else 2) / (shape[1] if self.couple_channels else 1)
         lipschitz = weight * norm2 / smoothing  # of both columns: sup phi'' = Lip(d phi'/d log nu) = 1/nu

@@ -94,7 +94,7 @@ def certified_distance(problem: LowerLevelProblem, x: Tensor) -> Tensor:
         return torch.full((x.shape[0],), torch.inf, dtype=torch.float64, device=x.device)
     with torch.no_grad():
         size = norm(problem.grad(x)).double()
-        size = size + problem.gradient_rounding(x).double() + problem.input_uncertainty(x).double()
+        size = size + problem.gradient_rounding(x).double()
     return torch.where(size.isfinite(), size / mu.double(), torch.inf)
 
 
