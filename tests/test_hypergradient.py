@@ -364,3 +364,36 @@ def test_cost_counts_what_was_done():
     assert h.cost.gradients > 0 and h.cost.hvps >= int(h.linear.iterations.sum()) and h.cost.seconds > 0
     again = estimate(case, error_tol=1e-6, residual_tol=1e-6, x0=h.x, q0=h.q)
     assert again.cost.hvps < h.cost.hvps
+
+
+@pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_fft", "mri"])
+@pytest.mark.parametrize("error_tol", [0.3, 1e-2])
+def test_polished_errors_are_known_from_both_sides(physics, error_tol):
+    channels = 2 if physics == "mri" else 1
+    case = build("tv_isotropic", physics, channels=channels, size=(9, 8), weight=0.2, smoothing=0.02)
+    true, slack, *_ = reference(case)
+    h = bi.hypergradient(case.problem, bi.SquaredError(), case.x_true, error_tol=error_tol, certificate="polished")
+    assert h.certified and h.verified_by is not None
+
+    def error(grad):
+        return float(np.linalg.norm((flat(grad) - true).astype(float)))
+
+    better, its_bound = h.verified_by
+    assert error(better) <= its_bound + slack < error(h.grad)
+    assert error(h.grad) <= h.bound + slack and h.bound <= 3 * error(h.grad)
+    first, first_bound = h.before_polish
+    assert error(first) <= first_bound + slack and first_bound <= 1.5 * error(first)
+    assert h.relative_bound <= 1e-2
+
+
+def test_averages_of_polished_estimates_keep_their_tight_bounds():
+    cases = [build("tv_isotropic", "denoising", channels=1, size=(8, 9), seed=k) for k in (1, 2)]
+    parts = [
+        bi.hypergradient(c.problem, bi.SquaredError(), c.x_true, error_tol=0.1, certificate="polished") for c in cases
+    ]
+    mean = bi.hypergradients.average(parts, [2, 2])
+    true = np.mean([reference(c)[0] for c in cases], axis=0)
+    for grad, bound in ((mean.grad, mean.bound), mean.before_polish, mean.verified_by):
+        error = float(np.linalg.norm((flat(grad) - true).astype(float)))
+        assert error <= bound
+    assert mean.bound <= np.mean([p.bound for p in parts]) and mean.verified_by[1] < mean.bound

@@ -164,6 +164,7 @@ class Refiner:
         point = current.point
         # the remainder is mostly a product of both errors: it shrinks with the adjoint's
         lower_part = parts.lower + parts.remainder * (goal / parts.linear.clamp(min=1e-300)).clamp(max=1.0)
+        lower_part = lower_part.nan_to_num(nan=torch.inf, posinf=torch.inf)  # inf * 0
         # below its limit the lower level is left alone, and the adjoint gets what is left of the goal
         enough = (lower_part <= LOWER_LIMIT * goal) | (lower_part.mean() <= LOWER_LIMIT * goal)
         factor = LOWER_SHARE * goal / lower_part.clamp(min=1e-300)
