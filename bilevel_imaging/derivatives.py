@@ -179,6 +179,11 @@ class Linearization(abc.ABC):
         ``None`` to use those."""
         return None
 
+    @property
+    def length_scale(self) -> float:
+        """Change of x over which second derivatives change by their own size; inf if they don't."""
+        return float("inf")
+
     def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
         """K ``(B,)`` with ``|D^3 g(x_t)[e, v, v]| <= K ||e||_H <v, H(x_t) v>`` for ``||e||_H <= radius``, all v and all
         x_t = x + t e; ``strong_convexity`` ``(B,)`` is that of the whole energy. ``None`` when not known."""

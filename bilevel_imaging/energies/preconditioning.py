@@ -16,6 +16,15 @@ DIAGONAL_FACTOR, SPECTRAL_FACTOR = 3.0, 2.0
 WORTHWHILE = 10.0
 
 
+def pays(data: DataTerm) -> bool:
+    """Whether a scaled convolution exists for this data term, and is worth its transforms."""
+    diagonal, spectrum = data.diagonal(), data.spectrum()
+    if diagonal is None:
+        return spectrum is not None
+    # denoising: half the iterations, but on a CPU a product is so cheap that the transforms cost as much
+    return diagonal.dim() > 0 or diagonal.device.type != "cpu"
+
+
 def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Preconditioner | None:
     """v -> E^{-1} F^* (1 / S) F E^{-1} v with E^2 close to c and S = (data term) / E^2 + (periodic Laplacian).
 
@@ -24,20 +33,15 @@ def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Pre
 
     Args:
         coefficient: c > 0, a value per pixel, ``(B, C, H, W)``; for example a quarter of the diagonal of D^T diag(c) D.
-        data: must have a diagonal or a spectrum.
+        data: one for which it ``pays``.
         ridge: of the energy.
 
     Returns:
-        ``None`` if the data term has neither, or where no preconditioner is needed or none pays.
+        ``None`` where no preconditioner is needed.
     """
     diagonal, spectrum = data.diagonal(), data.spectrum()
-    if diagonal is None and spectrum is None:
-        return None
     base = spectrum.mean((-1, -2), keepdim=True) if diagonal is None else diagonal
     base = base + ridge
-    if diagonal is not None and diagonal.dim() == 0 and coefficient.device.type == "cpu":
-        # denoising: half the iterations, but on a CPU a product is so cheap that the transforms cost as much
-        return None
     if bool((coefficient.amax() <= WORTHWHILE * base.amin() / 4).all()):
         return None
     squared = coefficient + FLOOR * base

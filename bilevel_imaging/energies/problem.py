@@ -134,6 +134,10 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.constants_on_ball(radius)
 
+    @property
+    def length_scale(self) -> float:
+        return self.inside.length_scale
+
     def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
         with torch.no_grad():
             return self.inside.relative_curvature(radius, strong_convexity)

@@ -18,7 +18,7 @@ from bilevel_imaging.derivatives import (
 )
 from bilevel_imaging.energies.binding import data_term
 from bilevel_imaging.energies.data_terms import DataTerm
-from bilevel_imaging.energies.preconditioning import scaled_convolution
+from bilevel_imaging.energies.preconditioning import pays, scaled_convolution
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.regularizers.base import Regularizer
@@ -205,6 +205,10 @@ class VariationalLinearization(Linearization):
         regularizer = self.inside.constants_on_ball(radius)
         return None if regularizer is None else self.problem._with_quadratic(regularizer)
 
+    @property
+    def length_scale(self) -> float:
+        return self.inside.length_scale
+
     def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
         return self.inside.relative_curvature(radius, strong_convexity)
 
@@ -245,7 +249,7 @@ class VariationalLinearization(Linearization):
     def preconditioner(self) -> Preconditioner | None:
         """A scaled convolution (see ``scaled_convolution``), or the diagonal where that is the whole Hessian's."""
         data, ridge = self.problem.data, self.problem.ridge
-        coefficient = self.inside.diffusion()
+        coefficient = self.inside.diffusion() if pays(data) else None
         if coefficient is not None:
             return scaled_convolution(coefficient, data, ridge)
         diagonal = data.diagonal()
@@ -272,7 +276,7 @@ class _VariationalModel(NewtonModel):
         return _with_data_term(self.problem, self.inside.hvp(v), v)
 
     def preconditioner(self) -> Preconditioner | None:
-        coefficient = self.inside.diffusion()
+        coefficient = self.inside.diffusion() if pays(self.problem.data) else None
         return None if coefficient is None else scaled_convolution(coefficient, self.problem.data, self.problem.ridge)
 
     def advance(self, d: Tensor, step: Tensor) -> Tensor:

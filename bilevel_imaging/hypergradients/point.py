@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging import certificates
-from bilevel_imaging.derivatives import Constants, Linearization, Metric
+from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, Metric
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
-from bilevel_imaging.tensors import inner, norm
+from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
 
 
 class Point:
@@ -148,8 +148,34 @@ class Point:
     @cached_property
     def relative_curvature(self) -> Tensor | None:
         """K on the ball where ``energy_distance`` looks for x*, ``(B,)`` float64; ``None`` if not known."""
-        radius = (certificates.TRIAL_FACTOR * self.dual_grad_norm).clamp(min=1e-150)
-        return self.linearization.relative_curvature(radius, self.constants.strong_convexity.double())
+        radius = (certificates.TRIAL_FACTOR * self.dual_grad_norm).clamp(1e-30, 1e15)
+        return self.curvature_on(radius)
+
+    def curvature_on(self, radius: Tensor) -> Tensor | None:
+        """K for ||e||_H <= radius ``(B,)``, evaluated in the dtype of the data and rounded up."""
+        mu, at = self.constants.strong_convexity, self.working
+        dtype = at.grad.dtype
+        curvature = at.relative_curvature(radius.to(dtype), mu.to(dtype))
+        return None if curvature is None else curvature.double() * self._rounded_up
+
+    def local_change(self, q: Tensor, radius: Tensor) -> LocalChange | None:
+        """How derivatives change along q for ||e||_H <= radius ``(B,)``, likewise."""
+        mu, at = self.constants.strong_convexity, self.working
+        dtype = at.grad.dtype
+        # homogeneous in q: normalized, so that squares of a tiny q do not underflow
+        scale = binary_scale(q)
+        change = at.local_change((q / per_sample(scale, q)).to(dtype), radius.to(dtype), mu.to(dtype))
+        if change is None:
+            return None
+        up = scale.double() * self._rounded_up
+        return LocalChange(change.hessian * up, change.slopes, change.energy * up)
+
+    @cached_property
+    def _rounded_up(self) -> float:
+        """What the rounding of x and of lengths does to a bound: relative to the scale on which derivatives change."""
+        at = self.working
+        size = float(self.x.abs().amax())
+        return 1 + 64 * torch.finfo(at.grad.dtype).eps * (1 + size / at.length_scale)
 
     @cached_property
     def energy_distance(self) -> Tensor:

@@ -195,11 +195,13 @@ class Refiner:
     def _local_targets(current: Estimate, goal: float) -> tuple[Tensor, Tensor]:
         """||G||_{H^-1} at which the local bound meets its share of the goal, and that bound per unit of residual."""
         m, point = current.local, current.point
-        radius = torch.full_like(m.strong_convexity, 1e-100)
-        change = point.linearization.local_change(current.q, radius, m.strong_convexity)
-        curvature = point.linearization.relative_curvature(radius, m.strong_convexity)
+        hessian, energy, curvature = m.hessian, m.adjoint_energy, m.curvature
+        if not bool(m.valid.all()):  # the constants on a smaller ball, where the point will be
+            radius = torch.full_like(m.strong_convexity, 1e-30)
+            change, curvature = point.local_change(current.q, radius), point.curvature_on(radius)
+            hessian, energy = change.hessian, change.energy
         size = m.mixed_norms.norm(dim=1)
-        per_distance = size * (m.loss_smoothness / m.strong_convexity + change.hessian)
-        per_distance = per_distance + m.slopes.norm() * change.energy
+        per_distance = size * (m.loss_smoothness / m.strong_convexity + hessian)
+        per_distance = per_distance + m.slopes.norm() * energy
         wanted = torch.minimum(LOWER_SHARE * goal / per_distance.clamp(min=1e-300), NEAR / curvature.clamp(min=1e-300))
         return wanted, size * m.residual_norm / current.residual_norm.clamp(min=1e-300)

@@ -147,6 +147,10 @@ class TotalVariationLinearization(Linearization):
         far, across = reach(at, radius, self.regularizer.row_norm * mu.rsqrt())
         return replace(at, low=(length - far).clamp(min=0), high=length + far), far, across
 
+    @property
+    def length_scale(self) -> float:
+        return float(self.smoothing)
+
     def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor:
         at, far, across = self._local_lengths(radius, strong_convexity)
         # De stays parallel to itself while z_t = z + t De turns: |De x z_t| = |De x z|
