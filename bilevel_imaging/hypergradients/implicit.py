@@ -203,7 +203,9 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     start = problem.initial() if x0 is None else x0
     size = norm(start).clamp(min=1e-3)
     fraction = 0.1 if goal.relative is None else min(goal.relative, 1.0)
-    current = refiner.solve(x0, q0, FIRST_ERROR * fraction * size, FIRST_RESIDUAL * fraction**0.5, relative=True)
+    # even a rough goal needs x where the certificates are nearly linear in its error
+    error_tol = FIRST_ERROR * min(fraction, 0.1) * size
+    current = refiner.solve(x0, q0, error_tol, FIRST_RESIDUAL * fraction**0.5, relative=True)
     if current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     names = _available(current, names)
