@@ -77,9 +77,7 @@ class Refiner:
             return None
         residual = step.residual.to(old.x.dtype)
         length = inner(new.x - old.x, -old.gradient - residual).double().clamp(min=0).sqrt() * (1 + 1e-6)
-        curvature = old.linearization.relative_curvature(
-            length.clamp(min=1e-300), old.constants.strong_convexity.double()
-        )
+        curvature = old.curvature_on(length.clamp(1e-30, 1e15))
         if curvature is None:
             return None
         kappa = curvature * length
