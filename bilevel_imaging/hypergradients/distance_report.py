@@ -12,6 +12,7 @@ from bilevel_imaging.certificates import distances
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK
+from bilevel_imaging.hypergradients.point import dual_norm
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.tensors import inner, norm
 
@@ -111,11 +112,7 @@ class _Gradient:
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} without a solve, ``(B,)`` float64."""
-        plain = norm(v).double() / self.strong_convexity.sqrt()
-        metric = self.problem.metric()
-        if metric is None:
-            return plain
-        return torch.minimum(plain, inner(v, metric.inverse(v)).double().clamp(min=0).sqrt() * (1 + 1e-12))
+        return dual_norm(v, self.strong_convexity, self.problem.metric())
 
 
 @dataclass(frozen=True)

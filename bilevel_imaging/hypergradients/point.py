@@ -15,6 +15,14 @@ from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norm
 from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
 
 
+def dual_norm(v: Tensor, strong_convexity: Tensor, metric: Metric | None) -> Tensor:
+    """Bound of ||v||_{H^-1} at any x, without a solve: ||v||_{M^-1}, or ||v|| / sqrt(mu), ``(B,)`` float64."""
+    plain = norm(v).double() / strong_convexity.sqrt()
+    if metric is None:
+        return plain
+    return torch.minimum(plain, inner(v, metric.inverse(v)).double().clamp(min=0).sqrt() * (1 + 1e-12))
+
+
 class Point:
     """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``.
 
@@ -104,7 +112,11 @@ class Point:
     @cached_property
     def metric(self) -> Metric | None:
         """The problem's metric, where the columns of J can be measured in it."""
-        return None if self.columns is None else self.problem.metric()
+        return None if self.columns is None else self._energy_metric
+
+    @cached_property
+    def _energy_metric(self) -> Metric | None:
+        return self.problem.metric()
 
     @cached_property
     def metric_grad_norm(self) -> Tensor:
@@ -131,11 +143,7 @@ class Point:
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
-        plain = norm(v).double() / self.constants.strong_convexity.double().sqrt()
-        metric = self.problem.metric()
-        if metric is None:
-            return plain
-        return torch.minimum(plain, inner(v, metric.inverse(v)).double().clamp(min=0).sqrt() * (1 + 1e-12))
+        return dual_norm(v, self.constants.strong_convexity.double(), self._energy_metric)
 
     @cached_property
     def dual_grad_norm(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +24,21 @@ REASONS = ("running", "converged", "max_iter", "stagnated", "not positive defini
 
 
 @dataclass
-class Systems:
+class PerSample:
+    """Base of records whose fields are tensors with the samples in front."""
+
+    def take(self, index: Tensor) -> Self:
+        """Copies of the samples ``index``."""
+        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def put(self, index: Tensor, part: Self) -> None:
+        """Write ``part`` back to the samples ``index``."""
+        for f in fields(self):
+            getattr(self, f.name)[index] = getattr(part, f.name)
+
+
+@dataclass
+class Systems(PerSample):
     """A batch of systems H q = b in normalized units; the tensors are owned by the solver and changed in place.
 
     Attributes:
@@ -44,15 +58,6 @@ class Systems:
     energy: Tensor
     status: Tensor
     iterations: Tensor
-
-    def take(self, index: Tensor) -> Systems:
-        """Copies of the samples ``index``."""
-        return Systems(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def put(self, index: Tensor, part: Systems) -> None:
-        """Write ``part`` back to the samples ``index``."""
-        for f in fields(self):
-            getattr(self, f.name)[index] = getattr(part, f.name)
 
     def goes_on(self, max_iter: int) -> bool:
         """Whether every sample is running, above its target and below its limit (a comparison with NaN is false)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from bilevel_imaging.linear_solvers._systems import (
     RUNNING,
     STAGNATED,
     Operator,
+    PerSample,
 )
 from bilevel_imaging.tensors import binary_scale, norm
 
@@ -44,7 +45,7 @@ class BlockSolution:
 
 
 @dataclass
-class _Blocks:
+class _Blocks(PerSample):
     """The systems in units of a power of two near the largest entry of every column; changed in place.
 
     Attributes:
@@ -61,13 +62,6 @@ class _Blocks:
     residual: Tensor
     status: Tensor
     iterations: Tensor
-
-    def take(self, index: Tensor) -> _Blocks:
-        return _Blocks(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def put(self, index: Tensor, part: _Blocks) -> None:
-        for f in fields(self):
-            getattr(self, f.name)[index] = getattr(part, f.name)
 
     def settle(self, max_iter: int) -> None:
         """Mark the running samples that have reached their targets, their limit, or something not finite."""
