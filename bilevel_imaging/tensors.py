@@ -6,6 +6,8 @@ trailing shape), n scalar parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,8 @@ def binary_scale(b: Tensor) -> Tensor:
     # away from the ends of the range, so that the reciprocal is a normal number too
     reach = 120 if b.dtype == torch.float32 else 1000
     return torch.exp2(exponent.clamp(-reach, reach).to(b.dtype))
+
+
+def entries(values: Mapping[str, Tensor]) -> Tensor:
+    """All entries of named tensors in one float64 vector, in their order, on their device."""
+    return torch.cat([v.detach().double().reshape(-1) for v in values.values()])

@@ -12,7 +12,7 @@ from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import LinearSolution
-from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
+from bilevel_imaging.tensors import binary_scale, entries, inner, norm, per_sample
 
 # relative rounding of the coefficients from which an energy norm was computed
 ENERGY_SLACK = 1e-2
@@ -53,7 +53,7 @@ class Estimate:
     @property
     def flat(self) -> Tensor:
         """All entries of the estimate in one float64 vector, in the order of theta."""
-        return torch.cat([g.detach().double().reshape(-1) for g in self.grad.values()])
+        return entries(self.grad)
 
     @property
     def norm(self) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel_imaging.certificates import operator_norms
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.tensors import entries
 
 Apply = Callable[[dict[str, Tensor]], Tensor]
 ApplyAdjoint = Callable[[Tensor], dict[str, Tensor]]
@@ -100,5 +101,5 @@ def randomized_mixed_norms(
 
 def _agree(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> bool:
     """Whether two products J^T v are the same up to rounding: a closed form may be wrong, or not differentiable."""
-    first, second = (torch.cat([part[name].detach().double().reshape(-1) for name in a]) for part in (a, b))
+    first, second = (entries({name: part[name] for name in a}) for part in (a, b))
     return bool((first - second).norm() <= tolerance * torch.maximum(first.norm(), second.norm()))

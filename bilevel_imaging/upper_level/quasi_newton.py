@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.tensors import entries
+
 
 class InverseHessian:
     """Two-loop L-BFGS (Nocedal 1980) from noisy gradients, in float64 on the CPU.
@@ -60,7 +62,7 @@ class InverseHessian:
 
 def flatten(values: dict[str, Tensor]) -> Tensor:
     """All entries in one float64 vector on the CPU, in the order of the dict."""
-    return torch.cat([v.detach().reshape(-1).double().cpu() for v in values.values()])
+    return entries(values).cpu()
 
 
 def assign(theta: dict[str, Tensor], flat: Tensor) -> None:
