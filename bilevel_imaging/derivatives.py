@@ -83,7 +83,8 @@ class LocalChange:
 
     Attributes:
         hessian: ``(B,)``.
-        slopes: ``(n,)`` in the order of ``theta`` (flattened).
+        slopes: ``(n,)`` in the order of ``theta`` (flattened), or ``(B, blocks)`` for blocks of parameters: then for
+            combinations of their columns with coefficients of norm 1.
         energy: ``(B,)``.
     """
 
@@ -103,6 +104,10 @@ class NewtonModel(abc.ABC):
         """Products with the model, ``(B, *image)``."""
 
     def diffusion(self) -> Tensor | None:
+        """As in ``Linearization``."""
+        return None
+
+    def cosine_spectrum(self) -> Tensor | None:
         """As in ``Linearization``."""
         return None
 
@@ -202,9 +207,23 @@ class Linearization(abc.ABC):
         """Upper bounds of ||J_j||_{H^-1}, ``(B, n)``, that need no solve; ``None`` when not known."""
         return None
 
+    def mixed_norm_bound(self) -> Tensor | None:
+        """Upper bound of ||J||, ``(B,)`` float64, that needs no columns; ``None`` when not known."""
+        return None
+
+    def mixed_block_norms(self, strong_convexity: Tensor) -> Tensor | None:
+        """Upper bounds of ||J_b||_{H^-1}, ``(B, blocks)`` float64, for the blocks of columns that ``local_change`` has
+        slopes of, where the columns are too many; ``None`` when not known."""
+        return None
+
     def diffusion(self) -> Tensor | None:
         """c ``(B, *image)`` if the Hessian is close to D^T diag(c) D with D the differences of neighbors, else
         ``None``."""
+        return None
+
+    def cosine_spectrum(self) -> Tensor | None:
+        """Response ``(B, *image)`` >= 0 in the basis of ``transforms.dct2`` if the Hessian is close to such a filter;
+        else ``None``."""
         return None
 
     def newton_model(self, memory: Tensor) -> NewtonModel | None:

@@ -193,7 +193,8 @@ def test_extreme_eigenvalues_are_exact(physics, channels):
     lowest, highest = float(eigenvalues[0]), float(eigenvalues[-1])
     assert float(data.lowest[0]) <= lowest + 1e-14 * highest
     if physics in GENERIC_PHYSICS:
-        assert float(data.lowest[0]) == 0 and data.highest is None
+        assert float(data.lowest[0]) == 0
+        assert highest <= float(data.highest[0]) <= 4 * highest  # how loose for which operator: test_operators.py
         return
     assert float(data.lowest[0]) == pytest.approx(lowest, rel=1e-9, abs=1e-14)
     assert float(data.highest[0]) == pytest.approx(highest, rel=1e-11)
@@ -502,14 +503,18 @@ def test_subset_is_the_same_samples(regularizer, physics):
         return
     close(restricted.hvp(v[index]), linearization.hvp(v)[index], 1e-12)
     close(restricted.grad, linearization.grad[index], 1e-12)
-    close(restricted.mixed_columns(), linearization.mixed_columns()[index], 1e-12)
+    again, columns = part.linearize(x[index]).mixed_vjp(v[index]), linearization.mixed_columns()
+    for name, pulled in restricted.mixed_vjp(v[index]).items():
+        close(pulled, again[name], 1e-12)
+    if columns is None:
+        assert restricted.mixed_columns() is None
+    else:
+        close(restricted.mixed_columns(), columns[index], 1e-12)
     radius = torch.tensor([0.1, 0.3, 0.01], dtype=F64)
-    torch.testing.assert_close(
-        restricted.directional(v[index], radius[index]).hessian,
-        linearization.directional(v, radius).hessian[index],
-        rtol=1e-12,
-        atol=0,
-    )
+    along, small = linearization.directional(v, radius), restricted.directional(v[index], radius[index])
+    assert (along is None) == (small is None)
+    if along is not None:
+        torch.testing.assert_close(small.hessian, along.hessian[index], rtol=1e-12, atol=0)
 
 
 @pairs

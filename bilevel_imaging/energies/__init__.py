@@ -1,15 +1,20 @@
 """What the lower level minimizes."""
 
+from bilevel_imaging.energies.data_weights import DataWeight, FrequencyWeights, NoiseWeight, SamplingMask
 from bilevel_imaging.energies.problem import Constants, Directional, Linearization, LowerLevelProblem
 from bilevel_imaging.energies.quadratic import QuadraticProblem
 from bilevel_imaging.energies.variational import VariationalEnergy, VariationalProblem
 
 __all__ = [
     "Constants",
+    "DataWeight",
     "Directional",
+    "FrequencyWeights",
     "Linearization",
     "LowerLevelProblem",
+    "NoiseWeight",
     "QuadraticProblem",
+    "SamplingMask",
     "VariationalEnergy",
     "VariationalProblem",
 ]

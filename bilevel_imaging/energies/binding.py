@@ -7,8 +7,12 @@ import torch
 from deepinv.physics import MRI, Blur, BlurFFT, Denoising, Inpainting, LinearPhysics
 from torch import Tensor
 
-from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, GenericTerm, IdentityTerm, MaskTerm
+from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, IdentityTerm, MaskTerm
+from bilevel_imaging.energies.generic import generic_term
 from bilevel_imaging.energies.mri import MRITerm
+
+# measured where the image lives, in 4 dimensions
+IMAGE_TO_IMAGE = (Denoising, Inpainting, Blur, BlurFFT, MRI)
 
 
 def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
@@ -18,6 +22,10 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
         ValueError: if the physics is not linear, or y does not have the shape that the physics gives.
     """
     kind = type(physics)
+    if kind in IMAGE_TO_IMAGE and y.dim() != 4:
+        raise ValueError(
+            f"Expected measurements of {kind.__name__} as a non-empty tensor (B, C, H, W). Got {tuple(y.shape)}."
+        )
     if kind is Denoising:
         return IdentityTerm(y)
     if kind is Inpainting:
@@ -41,7 +49,7 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
     if kind is MRI:
         return _mri(y, physics.mask)
     if isinstance(physics, LinearPhysics):
-        return GenericTerm(y, physics)
+        return generic_term(y, physics)
     raise ValueError(f"Expected a linear deepinv physics. Got {kind.__name__}, which is not a LinearPhysics.")
 
 

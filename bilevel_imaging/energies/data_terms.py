@@ -5,10 +5,8 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from bilevel_imaging.tensors import squared_norm
@@ -21,11 +19,13 @@ class DataTerm(abc.ABC):
     Attributes:
         lowest: lambda_min(A^T A), ``(B,)`` float64; a lower bound.
         highest: ||A||^2, ``(B,)`` float64; an upper bound, or ``None`` if not known.
+        reason: why ``highest`` is ``None``, in words.
         applications: applications of A or A^T in one gradient or Hessian product.
     """
 
     lowest: Tensor
     highest: Tensor | None
+    reason = ""
     shape: torch.Size
     applications = 0
 
@@ -43,7 +43,7 @@ class DataTerm(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """A x."""
+        """A x, or W A x with a weight W: the transpose of y -> -grad, which a layer needs to differentiate in y."""
 
     @abc.abstractmethod
     def initial(self) -> Tensor:
@@ -220,60 +220,3 @@ class CirculantTerm(DataTerm):
 
     def spectrum(self) -> Tensor:
         return self.power
-
-
-class GenericTerm(DataTerm):
-    """Any deepinv ``LinearPhysics`` through ``A`` and ``A_adjoint``; lambda_min(A^T A) >= 0 is all that is known."""
-
-    applications = 2
-
-    def __init__(self, y: Tensor, physics: LinearPhysics, index: Tensor | None = None):
-        self.y, self.physics, self.index = y, physics, index
-        with torch.no_grad():
-            self.start = physics.A_adjoint(y)
-        self.shape = self.start.shape
-        self.lowest = torch.zeros(self.shape[0], dtype=torch.float64, device=self.start.device)
-        self.highest = None
-
-    def value(self, x: Tensor) -> Tensor:
-        return 0.5 * squared_norm(self.physics.A(x) - self.y)
-
-    def grad(self, x: Tensor) -> Tensor:
-        return self.physics.A_adjoint(self.physics.A(x) - self.y)
-
-    def hvp(self, v: Tensor) -> Tensor:
-        return self.physics.A_adjoint(self.physics.A(v))
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self.physics.A(x)
-
-    def initial(self) -> Tensor:
-        return self.start.clone()
-
-    def subset(self, index: Tensor) -> DataTerm | None:
-        # a filter or mask for every image can't be taken apart from outside
-        batch = self.shape[0]
-        stored = (*self.physics.buffers(), *self.physics.parameters())
-        if batch > 1 and any(t.dim() > 1 and t.shape[0] == batch for t in stored):
-            return None
-        return GenericTerm(self.y[index], self.physics)
-
-    def double(self) -> DataTerm | None:
-        return self if self.start.dtype == torch.float64 else None
-
-    def gradient_scale(self, x: Tensor) -> Tensor:
-        residual = self.physics.A(x) - self.y
-        scale = self.physics.A_adjoint(residual.abs() + self.y.abs()).abs().double().flatten(1).norm(dim=1)
-        # entries of both signs cancel in that; the operator's size does not
-        size = self.size * x.double().flatten(1).norm(dim=1) + self.size.sqrt() * self.y.double().flatten(1).norm(dim=1)
-        return torch.maximum(scale, size) * math.log2(max(4, self.start[0].numel()))
-
-    @cached_property
-    def size(self) -> Tensor:
-        """About ||A||^2, ``(B,)`` float64: a few power iterations from a fixed start, for rounding errors only."""
-        with torch.no_grad():
-            v = torch.randn(self.start.shape, generator=torch.Generator().manual_seed(0)).to(self.start)
-            for _ in range(5):
-                v = v / v.flatten(1).norm(dim=1).reshape(-1, *([1] * (v.dim() - 1))).clamp(min=1e-30)
-                v = self.physics.A_adjoint(self.physics.A(v))
-            return v.double().flatten(1).norm(dim=1)

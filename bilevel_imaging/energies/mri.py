@@ -37,20 +37,20 @@ class MRITerm(DataTerm):
         self.measured = torch.fft.ifftshift(y, dim=(-2, -1))
 
     def value(self, x: Tensor) -> Tensor:
-        return 0.5 * squared_norm(self.mask * _fourier(x) - self.measured)
+        return 0.5 * squared_norm(self.mask * fourier(x) - self.measured)
 
     def grad(self, x: Tensor) -> Tensor:
-        return _inverse_fourier(self.mask * (self.mask * _fourier(x) - self.measured))
+        return inverse_fourier(self.mask * (self.mask * fourier(x) - self.measured))
 
     def hvp(self, v: Tensor) -> Tensor:
-        return _inverse_fourier(self.power * _fourier(v))
+        return inverse_fourier(self.power * fourier(v))
 
     def apply(self, x: Tensor) -> Tensor:
-        return torch.fft.fftshift(self.mask * _fourier(x), dim=(-2, -1))
+        return torch.fft.fftshift(self.mask * fourier(x), dim=(-2, -1))
 
     def initial(self) -> Tensor:
         # Wiener filter for about 5 % noise power; what is not measured is 0
-        return _inverse_fourier(self.mask * self.measured / (self.power + 0.05))
+        return inverse_fourier(self.mask * self.measured / (self.power + 0.05))
 
     def subset(self, index: Tensor) -> DataTerm:
         return MRITerm(self.y[index], self.mask64[index])
@@ -65,17 +65,17 @@ class MRITerm(DataTerm):
         return size * math.log2(max(4, self.shape[-1] * self.shape[-2]))  # error growth of an FFT
 
     def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor]:
-        return lambda v: _inverse_fourier(_fourier(v) / (self.power + shift))
+        return lambda v: inverse_fourier(fourier(v) / (self.power + shift))
 
 
-def _fourier(x: Tensor) -> Tensor:
+def fourier(x: Tensor) -> Tensor:
     """Unitary transform of images with their origin in the middle, ``(B, 2, H, W)``, the zero frequency first."""
     x = torch.fft.ifftshift(x, dim=(-2, -1))
     spectrum = torch.fft.fft2(torch.complex(x[:, 0], x[:, 1]), norm="ortho")
     return torch.stack([spectrum.real, spectrum.imag], 1)
 
 
-def _inverse_fourier(spectrum: Tensor) -> Tensor:
-    """Inverse and transpose of :func:`_fourier`."""
+def inverse_fourier(spectrum: Tensor) -> Tensor:
+    """Inverse and transpose of :func:`fourier`."""
     z = torch.fft.ifft2(torch.complex(spectrum[:, 0], spectrum[:, 1]), norm="ortho")
     return torch.fft.fftshift(torch.stack([z.real, z.imag], 1), dim=(-2, -1))

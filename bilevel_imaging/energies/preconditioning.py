@@ -1,12 +1,13 @@
-"""A model of A^T A + ridge I + D^T diag(c) D that an FFT inverts: a convolution between two diagonal scalings."""
+"""Models of the Hessian that fast transforms invert: a convolution, between two diagonal scalings where that pays."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Preconditioner
 from bilevel_imaging.energies.data_terms import DataTerm
-from bilevel_imaging.transforms import fourier_filter, periodic_laplacian
+from bilevel_imaging.transforms import cosine_filter, fourier_filter, periodic_laplacian
 
 # E^2 = c + FLOOR * (mean of the data term); the data term enters the convolution with these factors. Chosen by the
 # number of conjugate gradient iterations on photographs (denoising, inpainting, deblurring); it is flat around them.
@@ -52,3 +53,46 @@ def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Pre
         symbol = DIAGONAL_FACTOR * (base / squared).mean((-1, -2), keepdim=True)
     response = 1 / (symbol + periodic_laplacian(coefficient))
     return Preconditioner(lambda v: inverse * fourier_filter(inverse * v, response))
+
+
+def cosine_convolution(
+    spectrum: Tensor, data: DataTerm, ridge: float, strong_convexity: Tensor | None
+) -> Preconditioner | None:
+    """v -> C^T (1 / S) C v with C the cosine transform and S = (data term) + ridge + spectrum.
+
+    Args:
+        spectrum: of the regularizer's Hessian with its second derivatives replaced by their means, ``(B, C, H, W)``.
+        data: the data term.
+        ridge: of the energy.
+        strong_convexity: mu, ``(B,)``, or ``None``.
+
+    Returns:
+        ``None`` where nothing is known of the data term's spectrum, or no preconditioner is needed.
+    """
+    base = _cosine_spectrum(data)
+    if base is None:
+        return None
+    whole = base + ridge + spectrum
+    largest = whole.flatten(1).amax(1)
+    if bool((largest <= WORTHWHILE * whole.flatten(1).amin(1)).all()):
+        return None
+    response = 1 / whole
+    # H >= mu I
+    lowest = None if strong_convexity is None else strong_convexity.double() / (largest.double() * (1 + 1e-5))
+    return Preconditioner(lambda v: cosine_filter(v, response), lowest)
+
+
+def _cosine_spectrum(data: DataTerm) -> Tensor | None:
+    """About the spectrum of A^T A in the cosine basis: of a convolution at the nearest frequencies, else the mean."""
+    diagonal, spectrum = data.diagonal(), data.spectrum()
+    if diagonal is not None:
+        return diagonal if diagonal.dim() == 0 else diagonal.mean((-1, -2), keepdim=True)
+    if spectrum is None:
+        return None
+    height, width = data.shape[-2:]
+    # frequency pi u / N of the cosines lies at u / 2 on the Fourier grid
+    rows, columns = (torch.arange(n, device=spectrum.device) / 2 for n in (height, width))
+    low, high = (spectrum.index_select(-2, r.long()) for r in (rows, (rows + 0.5).clamp(max=height - 1)))
+    halfway = 0.5 * (low + high)
+    low, high = (halfway.index_select(-1, c.long().clamp(max=spectrum.shape[-1] - 1)) for c in (columns, columns + 0.5))
+    return 0.5 * (low + high)

@@ -146,6 +146,14 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.local_change(q, radius, strong_convexity)
 
+    def mixed_norm_bound(self) -> Tensor | None:
+        with torch.no_grad():
+            return self.inside.mixed_norm_bound()
+
+    def mixed_block_norms(self, strong_convexity: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            return self.inside.mixed_block_norms(strong_convexity)
+
     def mixed_energy_norms(self) -> Tensor | None:
         with torch.no_grad():
             return self.inside.mixed_energy_norms()
@@ -160,7 +168,8 @@ class CountedLinearization(Linearization):
             return self.inside.newton_memory(cold=cold)
 
     def preconditioner(self) -> Preconditioner | None:
-        return self.inside.preconditioner()
+        with torch.no_grad():
+            return self.inside.preconditioner()
 
     def subset(self, index: Tensor) -> Linearization | None:
         inside = self.inside.subset(index)

@@ -7,42 +7,44 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.derivatives import (
-    Constants,
-    Directional,
-    Linearization,
-    LocalChange,
-    Metric,
-    NewtonModel,
-    Preconditioner,
-)
+from bilevel_imaging.derivatives import Constants, Linearization, Metric
 from bilevel_imaging.energies.binding import data_term
 from bilevel_imaging.energies.data_terms import DataTerm
-from bilevel_imaging.energies.preconditioning import pays, scaled_convolution
+from bilevel_imaging.energies.data_weights import DataWeight
 from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.energies.variational_linearization import VariationalLinearization
+from bilevel_imaging.energies.weighted_terms import WeightedTerm, weighted
 from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.regularizers.base import Regularizer
-from bilevel_imaging.tensors import norm, squared_norm
+from bilevel_imaging.tensors import squared_norm
 
 # below this fraction of ||A||^2, strong convexity exists on paper only
 USABLE_STRONG_CONVEXITY = 1e-6
 
 
 class VariationalEnergy(nn.Module):
-    """g(x) = 1/2 ||Ax - y||^2 + R(x; theta) + ridge/2 ||x||^2; sums over pixels and channels, not means.
+    """g(x) = 1/2 ||W^(1/2) (Ax - y)||^2 + R(x; theta) + ridge/2 ||x||^2; sums over pixels and channels, not means.
 
     Args:
-        regularizer: any :class:`Regularizer`; its trainable parameters are theta.
+        regularizer: any :class:`Regularizer`; its trainable parameters belong to theta.
         ridge: coefficient of 1/2 ||x||^2, >= 0; needed when A has a (nearly) trivial null space direction.
         data_fidelity: "l2".
+        data_weight: W, a :class:`DataWeight` whose parameter belongs to theta if it is learned; 1 by default.
 
     Raises:
-        ValueError: unknown data fidelity, negative or non-finite ridge, something that is not a regularizer.
+        ValueError: unknown data fidelity, negative or non-finite ridge, something that is not a regularizer or weight.
     """
 
     DATA_FIDELITIES = ("l2",)
 
-    def __init__(self, regularizer: Regularizer, *, ridge: float = 0.0, data_fidelity: str = "l2"):
+    def __init__(
+        self,
+        regularizer: Regularizer,
+        *,
+        ridge: float = 0.0,
+        data_fidelity: str = "l2",
+        data_weight: DataWeight | None = None,
+    ):
         super().__init__()
         if not isinstance(regularizer, Regularizer):
             raise ValueError(
@@ -53,9 +55,15 @@ class VariationalEnergy(nn.Module):
             raise ValueError(f"Unknown data_fidelity {data_fidelity!r}. Choose from {list(self.DATA_FIDELITIES)}.")
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"Expected ridge as a finite number >= 0. Got {ridge!r}.")
+        if not (data_weight is None or isinstance(data_weight, DataWeight)):
+            raise ValueError(
+                f"Expected data_weight as NoiseWeight, FrequencyWeights, SamplingMask or another DataWeight. "
+                f"Got {type(data_weight).__name__}."
+            )
         self.regularizer = regularizer
         self.ridge = float(ridge)
         self.data_fidelity = data_fidelity
+        self.data_weight = data_weight
 
     @property
     def theta(self) -> dict[str, Tensor]:
@@ -66,16 +74,17 @@ class VariationalEnergy(nn.Module):
         """The batch of problems for measurements y.
 
         Args:
-            y: measurements, ``(B, C, H, W)``, float32 or float64, finite.
-            physics: a linear deepinv physics.
+            y: measurements, ``(B, ...)``, float32 or float64, finite; what the physics maps to images ``(B, C, H, W)``.
+            physics: a linear deepinv physics; a tensor in it (filter, mask, coil maps) may hold one entry per image.
 
         Raises:
-            ValueError: wrong shape, dtype, device or non-finite values.
+            ValueError: wrong shape, dtype, device or non-finite values; an adjoint that is not the transpose; a data
+                weight that does not fit the physics.
             NotStronglyConvexError: when data term, regularizer and ridge together have no strong convexity.
         """
-        if not isinstance(y, Tensor) or y.dim() != 4 or y.numel() == 0:
+        if not isinstance(y, Tensor) or y.dim() < 2 or y.numel() == 0:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"Expected measurements y as a non-empty tensor (B, C, H, W). Got {got}.")
+            raise ValueError(f"Expected measurements y as a non-empty tensor (B, ...). Got {got}.")
         if y.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Expected y in float32 or float64. Got {y.dtype}; convert with y.float().")
         if not bool(torch.isfinite(y).all()):
@@ -84,11 +93,13 @@ class VariationalEnergy(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.device != y.device:
                 raise ValueError(f"Expected y on the device of {name}, {parameter.device}. Got {y.device}.")
-        return VariationalProblem(self, data_term(y.detach(), physics), y.dtype, Cost())
+        data = weighted(data_term(y.detach(), physics), self.data_weight, type(physics).__name__)
+        return VariationalProblem(self, data, y.dtype, Cost())
 
 
 class VariationalProblem(LowerLevelProblem):
-    """B problems ``min_x 1/2 ||A_i x - y_i||^2 + R(x; theta) + ridge/2 ||x||^2``, from ``VariationalEnergy.bind``."""
+    """B problems ``min_x 1/2 ||W^(1/2) (A_i x - y_i)||^2 + R(x; theta) + ridge/2 ||x||^2``; ``VariationalEnergy.bind``
+    makes them."""
 
     def __init__(self, energy: VariationalEnergy, data: DataTerm, dtype: torch.dtype, cost: Cost):
         self.energy, self.data, self.cost = energy, data, cost
@@ -104,7 +115,7 @@ class VariationalProblem(LowerLevelProblem):
             raise NotStronglyConvexError(
                 f"Expected a strongly convex energy. Got strong convexity {float(mu.min()):.3g} for samples "
                 f"{torch.nonzero(weak).flatten().tolist()}: the forward operator has (nearly) a null space; "
-                "set ridge > 0, e.g. VariationalEnergy(regularizer, ridge=1e-3)."
+                f"set ridge > 0, e.g. VariationalEnergy(regularizer, ridge={1e-3 * float(scale.max()):.1g})."
             )
 
     def _value(self, x: Tensor) -> Tensor:
@@ -129,24 +140,39 @@ class VariationalProblem(LowerLevelProblem):
                 reason=f"the convexity of {type(self.regularizer).__name__} is not known: "
                 + (regularizer.reason or "its constants() give no strong_convexity")
             )
-        smoothness = None
-        if regularizer.smoothness is not None and self.data.highest is not None:
-            smoothness = self.data.highest + self.ridge + regularizer.smoothness
+        data, smoothness = self.data, None
+        highest, mixed_norm, mixed_lipschitz = data.highest, regularizer.mixed_norm, regularizer.mixed_lipschitz
+        if regularizer.smoothness is not None and highest is not None:
+            smoothness = highest + self.ridge + regularizer.smoothness
+        if self.learned_weight is not None:
+            # the columns of the data term grow with x
+            mixed_norm, own = None, self.learned_weight.mixed_lipschitz
+            mixed_lipschitz = None if own is None or mixed_lipschitz is None else torch.hypot(mixed_lipschitz, own)
         return Constants(
-            strong_convexity=self.data.lowest + self.ridge + regularizer.strong_convexity,
+            strong_convexity=data.lowest + self.ridge + regularizer.strong_convexity,
             smoothness=smoothness,
             hessian_lipschitz=regularizer.hessian_lipschitz,
-            mixed_norm=regularizer.mixed_norm,
-            mixed_lipschitz=regularizer.mixed_lipschitz,
-            reason=regularizer.reason,
+            mixed_norm=mixed_norm,
+            mixed_lipschitz=mixed_lipschitz,
+            reason="; ".join(filter(None, (regularizer.reason, data.reason))),
         )
+
+    @property
+    def learned_weight(self) -> WeightedTerm | None:
+        """The data term, if its weight belongs to theta."""
+        data = self.data
+        return data if isinstance(data, WeightedTerm) and data.weight.learned else None
 
     def initial(self) -> Tensor:
         return self.data.initial()
 
     def subset(self, index: Tensor) -> VariationalProblem | None:
         data = self.data.subset(index)
-        return None if data is None else self._with(data, self.dtype)
+        if data is None:
+            return None
+        other = self._with(data, self.dtype)
+        other.regularizer = self.regularizer.subset(index)
+        return other
 
     def double(self) -> VariationalProblem | None:
         if self.dtype == torch.float64:
@@ -167,117 +193,9 @@ class VariationalProblem(LowerLevelProblem):
         return 4 * torch.finfo(self.dtype).eps * scale
 
     def metric(self) -> Metric | None:
-        """A^T A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""
+        """A^T W A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""
         lowest = self.data.lowest + self.ridge
         if self.constants().strong_convexity is None or bool((lowest <= 0).any()):
             return None
         inverse = self.data.shifted_inverse(self.ridge)
         return None if inverse is None else Metric(inverse, lowest)
-
-
-class VariationalLinearization(Linearization):
-    """Data term, regularizer and ridge, each with what it caches at x."""
-
-    def __init__(self, problem: VariationalProblem, x: Tensor, inside: Linearization | None = None):
-        self.problem = problem
-        self.x = x
-        self.inside = problem.regularizer.linearize(x) if inside is None else inside
-        self.constants = problem.constants()
-        if inside is None:
-            self.problem.cost.forward_ops += problem.data.applications * x.shape[0]
-            self.grad = problem.data.grad(x) + self.inside.grad
-            if problem.ridge:
-                self.grad = self.grad + problem.ridge * x
-
-    def hvp(self, v: Tensor) -> Tensor:
-        return _with_data_term(self.problem, self.inside.hvp(v), v)
-
-    def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
-        return {f"regularizer.{name}": g for name, g in self.inside.mixed_vjp(q).items()}
-
-    def mixed_columns(self) -> Tensor | None:
-        return self.inside.mixed_columns()
-
-    def directional(self, q: Tensor, radius: Tensor) -> Directional | None:
-        return self.inside.directional(q, radius)  # the data term and the ridge are quadratic and free of theta
-
-    def constants_on_ball(self, radius: Tensor) -> Constants | None:
-        regularizer = self.inside.constants_on_ball(radius)
-        return None if regularizer is None else self.problem._with_quadratic(regularizer)
-
-    @property
-    def length_scale(self) -> float:
-        return self.inside.length_scale
-
-    def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor | None:
-        return self.inside.relative_curvature(radius, strong_convexity)
-
-    def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange | None:
-        return self.inside.local_change(q, radius, strong_convexity)
-
-    def mixed_energy_norms(self) -> Tensor | None:
-        """The regularizer's own, or for the weight, whose column is grad R = grad g - (A^T (Ax - y) + ridge x):
-        the second term is B^T u with B^T B <= H, and ||B^T u||_{H^-1} <= ||u||."""
-        norms = self.inside.mixed_energy_norms()
-        weight = self.inside.weight_column
-        if norms is None or weight is None:
-            return norms
-        problem = self.problem
-        misfit = (2 * problem.data.value(self.x).double() + problem.ridge * squared_norm(self.x).double()).sqrt()
-        mu = self.constants.strong_convexity.double()
-        # one part in a thousand covers the rounding of a sum of squares in float32
-        split = 1.001 * misfit + norm(self.grad).double() / mu.sqrt()
-        norms = norms.clone()
-        norms[:, weight] = torch.minimum(norms[:, weight], split)
-        return norms
-
-    def subset(self, index: Tensor) -> Linearization | None:
-        inside, problem = self.inside.subset(index), self.problem.subset(index)
-        if inside is None or problem is None:
-            return None
-        other = VariationalLinearization(problem, self.x[index], inside)
-        other.grad = self.grad[index]
-        return other
-
-    def newton_model(self, memory: Tensor) -> NewtonModel | None:
-        inside = self.inside.newton_model(memory)
-        return None if inside is None else _VariationalModel(self.problem, inside)
-
-    def newton_memory(self, *, cold: bool) -> Tensor | None:
-        return self.inside.newton_memory(cold=cold)
-
-    def preconditioner(self) -> Preconditioner | None:
-        """A scaled convolution (see ``scaled_convolution``), or the diagonal where that is the whole Hessian's."""
-        data, ridge = self.problem.data, self.problem.ridge
-        coefficient = self.inside.diffusion() if pays(data) else None
-        if coefficient is not None:
-            return scaled_convolution(coefficient, data, ridge)
-        diagonal = data.diagonal()
-        if diagonal is not None and diagonal.dim() > 0 and hasattr(self.inside, "hessian_diagonal"):
-            jacobi = diagonal + ridge + self.inside.hessian_diagonal()
-            return Preconditioner(lambda v: v / jacobi)
-        return None
-
-
-def _with_data_term(problem: VariationalProblem, product: Tensor, v: Tensor) -> Tensor:
-    """product + (A^T A + ridge I) v, in place."""
-    problem.cost.forward_ops += problem.data.applications * v.shape[0]
-    product.add_(problem.data.hvp(v))
-    return product.add_(v, alpha=problem.ridge) if problem.ridge else product
-
-
-class _VariationalModel(NewtonModel):
-    """The regularizer's model with the exact Hessian of everything else."""
-
-    def __init__(self, problem: VariationalProblem, inside: NewtonModel):
-        self.problem, self.inside = problem, inside
-
-    def hvp(self, v: Tensor) -> Tensor:
-        return _with_data_term(self.problem, self.inside.hvp(v), v)
-
-    def preconditioner(self) -> Preconditioner | None:
-        coefficient = self.inside.diffusion() if pays(self.problem.data) else None
-        return None if coefficient is None else scaled_convolution(coefficient, self.problem.data, self.problem.ridge)
-
-    def advance(self, d: Tensor, step: Tensor) -> Tensor:
-        return self.inside.advance(d, step)

@@ -1,0 +1,138 @@
+"""Real coordinates of residuals and images in which an operator is diagonal, frequency by frequency.
+
+z = T (Ax - y) with T^T T = I has the shape ``(B, K, rows, columns)``: K numbers for every frequency of the grid of a
+weight, on which A multiplies by numbers of size ``gains ** 0.5``.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, IdentityTerm
+from bilevel_imaging.energies.mri import MRITerm, fourier, inverse_fourier
+from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
+
+
+class Frequencies(abc.ABC):
+    """How a data term looks in its frequencies.
+
+    Attributes:
+        grid: (rows, columns).
+        gains: squares of what A multiplies by, float64, ``(B, K, rows, columns)``.
+        measured: T y, ``(B, K, rows, columns)``.
+    """
+
+    grid: tuple[int, int]
+    gains: Tensor
+    measured: Tensor
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """T A x."""
+
+    @abc.abstractmethod
+    def adjoint(self, z: Tensor) -> Tensor:
+        """A^T T^T z."""
+
+    @abc.abstractmethod
+    def measurements(self, z: Tensor) -> Tensor:
+        """T^T z."""
+
+    @abc.abstractmethod
+    def from_grid(self, weights: Tensor) -> Tensor:
+        """Weights ``(rows, columns)`` in the order of z; those of a frequency and its mirror image are averaged."""
+
+    @abc.abstractmethod
+    def to_grid(self, values: Tensor) -> Tensor:
+        """Values ``(B, rows, columns)`` in the order of z, on the grid."""
+
+    @abc.abstractmethod
+    def filter(self, v: Tensor, response: Tensor) -> Tensor:
+        """Multiply the frequencies of images by a real response in the order of z, ``(B, C, rows, columns)``."""
+
+
+class CirculantFrequencies(Frequencies):
+    """Half of the frequencies of real images, those kept twice counted once, the others twice: K = 2 C."""
+
+    def __init__(self, term: CirculantTerm):
+        self.term = term
+        rows, self.width = term.shape[-2:]
+        self.grid = (rows, self.width // 2 + 1)
+        columns = torch.arange(self.grid[1], device=term.y.device)
+        self.single = (columns == 0) | (2 * columns == self.width)  # their mirror images are in the same column
+        double = torch.where(self.single, 1.0, 2.0).to(term.y.dtype)
+        self.scale = (double / (rows * self.width)).sqrt()
+        self.length = rows * self.width
+        power = term.transfer64.real.square() + term.transfer64.imag.square()
+        self.gains = torch.cat([power, power], 1)
+        self.measured = self._coordinates(rfft2(term.y))
+
+    def _coordinates(self, spectrum: Tensor) -> Tensor:
+        return torch.cat([spectrum.real, spectrum.imag], 1) * self.scale
+
+    def _images(self, z: Tensor, real: Tensor | None = None, imaginary: Tensor | None = None) -> Tensor:
+        a, b = (z / (self.scale * self.length)).chunk(2, 1)
+        if real is not None:
+            a, b = a * real + b * imaginary, b * real - a * imaginary
+        return inverse_rfft2(torch.complex(a, b), self.width) * self.length
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum, transfer = rfft2(x), self.term.transfer
+        a, b, c, d = spectrum.real, spectrum.imag, transfer.real, transfer.imag
+        return torch.cat([a * c - b * d, a * d + b * c], 1) * self.scale
+
+    def adjoint(self, z: Tensor) -> Tensor:
+        return self._images(z, self.term.transfer.real, self.term.transfer.imag)
+
+    def measurements(self, z: Tensor) -> Tensor:
+        return self._images(z)
+
+    def from_grid(self, weights: Tensor) -> Tensor:
+        weights = weights.expand(self.grid)
+        return torch.where(self.single, 0.5 * (weights + weights.flip(0).roll(1, 0)), weights)
+
+    def to_grid(self, values: Tensor) -> Tensor:
+        return values
+
+    def filter(self, v: Tensor, response: Tensor) -> Tensor:
+        return fourier_filter(v, response)
+
+
+class MRIFrequencies(Frequencies):
+    """k-space, real and imaginary part: K = 2; z has the zero frequency first, the grid in the middle."""
+
+    def __init__(self, term: MRITerm):
+        self.term, self.grid = term, (term.shape[-2], term.shape[-1])
+        self.gains = torch.fft.ifftshift(term.mask64, dim=(-2, -1)).square()
+        self.measured = term.measured
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.term.mask * fourier(x)
+
+    def adjoint(self, z: Tensor) -> Tensor:
+        return inverse_fourier(self.term.mask * z)
+
+    def measurements(self, z: Tensor) -> Tensor:
+        return torch.fft.fftshift(z, dim=(-2, -1))
+
+    def from_grid(self, weights: Tensor) -> Tensor:
+        return torch.fft.ifftshift(weights.expand(self.grid), dim=(-2, -1))
+
+    def to_grid(self, values: Tensor) -> Tensor:
+        return torch.fft.fftshift(values, dim=(-2, -1))
+
+    def filter(self, v: Tensor, response: Tensor) -> Tensor:
+        return inverse_fourier(fourier(v) * response)
+
+
+def frequencies_of(term: DataTerm) -> Frequencies | None:
+    """The frequencies of a term, or ``None`` where its operator mixes them."""
+    if isinstance(term, IdentityTerm):
+        one = torch.ones((1, 1, term.shape[-2], term.shape[-1] // 2 + 1), dtype=torch.complex128, device=term.y.device)
+        term = CirculantTerm(term.y, one)
+    if isinstance(term, CirculantTerm):
+        return CirculantFrequencies(term)
+    return MRIFrequencies(term) if isinstance(term, MRITerm) else None
