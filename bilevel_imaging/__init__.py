@@ -25,7 +25,18 @@ from bilevel_imaging.hypergradients import (
     unrolled,
 )
 from bilevel_imaging.kernels import compile_kernels
-from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
+from bilevel_imaging.regularizers import (
+    ConvexRidge,
+    FieldsOfExperts,
+    InputConvex,
+    NoiseConditional,
+    Regularizer,
+    Scaled,
+    SecondOrderTotalVariation,
+    Sum,
+    Tikhonov,
+    TotalVariation,
+)
 from bilevel_imaging.training import BilevelObjective, Trainer
 from bilevel_imaging.upper_level import MAID, FirstOrder, SquaredError, UpperLevelMethod
 
@@ -34,14 +45,21 @@ __all__ = [
     "BilevelObjective",
     "BilevelReconstructor",
     "Constants",
+    "ConvexRidge",
     "Cost",
+    "FieldsOfExperts",
     "FirstOrder",
     "Hypergradient",
+    "InputConvex",
     "Linearization",
     "LowerLevelProblem",
+    "NoiseConditional",
     "QuadraticProblem",
     "Regularizer",
+    "Scaled",
+    "SecondOrderTotalVariation",
     "SquaredError",
+    "Sum",
     "Tikhonov",
     "TotalVariation",
     "Trainer",

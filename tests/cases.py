@@ -60,7 +60,30 @@ KINKED_REGULARIZERS: dict[str, Build] = {
     # slopes that rise and fall
     "linear_spline_slopes": lambda w, s: bi.regularizers.LinearSpline(w, s, [0.7 / s, 1 / s, 0.2 / s]),
 }
-REGULARIZERS: dict[str, Build] = {**CERTIFIED_REGULARIZERS, **KINKED_REGULARIZERS, "user": UserRegularizer}
+# certified, but not in the reference below
+COMPOSED_REGULARIZERS: dict[str, Build] = {
+    "second_order_tv": lambda w, s: bi.SecondOrderTotalVariation(w, s),
+    "sum_of_orders": lambda w, s: bi.Sum(bi.TotalVariation(w, s), bi.SecondOrderTotalVariation(w / 2, s)),
+    "scaled_sum": lambda w, s: bi.Scaled(
+        bi.Sum(bi.TotalVariation(1.0, s, learn_weight=False), bi.Tikhonov(0.5, "gradient")), w
+    ),
+}
+# likewise; they see all channels together, and have parameters of several numbers: (weight, smoothing, channels)
+JOINT_REGULARIZERS: dict[str, Callable[[float, float, int], bi.Regularizer]] = {
+    "fields_of_experts": lambda w, s, c: bi.FieldsOfExperts(2, 3, c, weight=w / 2, smoothing=s),
+    "convex_ridge": lambda w, s, c: bi.ConvexRidge((2,), 3, c, knots=4, level=w / 2, curvature=w / 2 / s),
+    "input_convex": lambda w, s, c: bi.InputConvex(c, (2, 2), 3, beta=1 / s, weight=5 * w),
+    "noise_conditional": lambda w, s, c: bi.NoiseConditional(
+        bi.FieldsOfExperts(2, 3, c, weight=w / 2, smoothing=s), (0.05, 0.2), reference=0.08
+    ).at_noise_level(0.1),
+}
+REGULARIZERS: dict[str, Callable[..., bi.Regularizer]] = {
+    **CERTIFIED_REGULARIZERS,
+    **KINKED_REGULARIZERS,
+    **COMPOSED_REGULARIZERS,
+    **JOINT_REGULARIZERS,
+    "user": UserRegularizer,
+}
 
 
 def _kernel(channels: int, generator: torch.Generator, size: int = 3) -> Tensor:
@@ -167,8 +190,9 @@ def build(
     x_true, clean = images(kind, shape, generator)
     x_true, y = x_true.to(dtype), copy.deepcopy(operator).double().A(clean).to(dtype)
     needed = 0.02 if physics in NEEDS_RIDGE else 0.0
+    joint = (shape[1],) if regularizer in JOINT_REGULARIZERS else ()
     energy = bi.VariationalEnergy(
-        REGULARIZERS[regularizer](weight, smoothing), ridge=needed if ridge is None else ridge
+        REGULARIZERS[regularizer](weight, smoothing, *joint), ridge=needed if ridge is None else ridge
     )
     return Case(f"{regularizer}-{physics}", energy, operator, y, x_true, energy.bind(y, operator))
 
@@ -176,9 +200,10 @@ def build(
 def product(
     *, physics: tuple[str, ...] = tuple(PHYSICS), user: bool = True, kinked: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """All pairs (regularizer, physics)."""
-    left_out = () if user else ("user",)
-    left_out += () if kinked else tuple(KINKED_REGULARIZERS)
+    """All pairs (regularizer, physics); without ``user`` those that the reference knows, with ``kinked`` also those
+    whose parameters are vectors."""
+    left_out = () if user else ("user", *COMPOSED_REGULARIZERS, *JOINT_REGULARIZERS)
+    left_out += () if kinked else (*KINKED_REGULARIZERS, *JOINT_REGULARIZERS)
     for regularizer in (name for name in REGULARIZERS if name not in left_out):
         for operator in physics:
             yield regularizer, operator

@@ -31,7 +31,7 @@ class Estimate:
         bounds: every certificate by name; empty if not certified.
         component_bounds: ``(B, n)`` or ``None``.
         rounding_share: part of the bound that is due to rounding, ``(B,)``, as a fraction.
-        hessian: Lambda_H(q) on the ball around the point, ``(B,)``; 0 if not certified.
+        hessian: Lambda_H(q) on the ball around the point, ``(B,)``; 0 if not certified, inf if not evaluated.
         local: what was measured in the norm of the Hessian, where the energy knows how that changes.
         loss_interval: per sample, two ``(B,)``.
         loss: corrected value per sample, ``(B,)``.
@@ -62,6 +62,7 @@ class Estimate:
 
     def best(self, names: tuple[str, ...]) -> tuple[Tensor, Bound, str]:
         """Smallest of the named bounds for every sample, its parts, and the name that wins most often."""
+        names = tuple(name for name in names if name in self.bounds)
         totals = torch.stack([self.bounds[name].total for name in names])
         best, which = totals.nan_to_num(nan=torch.inf, posinf=torch.inf).min(0)
         parts = [
@@ -71,11 +72,15 @@ class Estimate:
         return best, Bound(*parts), names[int(torch.mode(which).values)]
 
 
-def estimate(point: Point, q: Tensor, *, gradient: bool = True, known: LinearSolution | None = None) -> Estimate:
+def estimate(
+    point: Point, q: Tensor, *, gradient: bool = True, known: LinearSolution | None = None, thrifty: bool = False
+) -> Estimate:
     """Evaluate -J^T q at the point: one HVP for the residual (unless the solver measured it), then bounds from that.
 
     With ``gradient=False`` only the loss interval is evaluated (``grad`` and ``bounds`` stay empty). ``known`` is the
-    linear solve that ended with this residual; a bound of its energy norm is used if there is one.
+    linear solve that ended with this residual; a bound of its energy norm is used if there is one. ``thrifty``: with
+    parameters too many for columns of J, Euclidean bounds cost several products and are worse than the local one: they
+    are left out where that holds.
     """
     if known is not None and known.residual is not None and point.working is point.linearization:
         residual = known.residual  # as measured by the solver, in the dtype of the evaluation
@@ -103,10 +108,16 @@ def estimate(point: Point, q: Tensor, *, gradient: bool = True, known: LinearSol
         loss=point.loss_value - inner(q, point.gradient).double(),
         loss_interval=(torch.full_like(measured, -torch.inf), torch.full_like(measured, torch.inf)),
     )
-    if point.value_reason or (gradient and point.reason):
+    if point.value_reason:
+        return partial
+    local = _local(point, q, product, residual, rounding, known)
+    if thrifty and gradient and point.columns is None and local is not None and bool(local.valid.all()):
+        partial = replace(partial, hessian=torch.full_like(measured, torch.inf), local=local)
+        partial = replace(partial, loss_interval=_loss_interval(partial, partial.hessian))
+        return _certify_local(partial, q_norm)
+    if gradient and point.reason:
         return partial
     hessian, along = _along(point, q, q_norm)
-    local = _local(point, q, product, residual, rounding, known)
     partial = replace(partial, hessian=hessian, local=local)
     partial = replace(partial, loss_interval=_loss_interval(partial, hessian))
     return _certify(partial, q_norm, measured, along) if gradient else partial
@@ -191,7 +202,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
             for j, along_j in enumerate(along.mixed_components.double().unbind(1))
         ]
         components = torch.stack(each, 1) + representation.unsqueeze(1)
-    if local_components is not None:
+    if local_components is not None and point.columns is not None:
         local_components = local_components + representation.unsqueeze(1)
         components = local_components if components is None else torch.minimum(components, local_components)
     if components is not None:
@@ -204,13 +215,27 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     )
 
 
+def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:
+    """The local bound alone."""
+    bound, _ = certificates.local(e.local)
+    # ||J|| <= ||J||_{H^-1} ||H||^(1/2)
+    smoothness = e.point.constants.smoothness
+    size = e.local.mixed_norms.norm(dim=1) * (smoothness.double().sqrt() if smoothness is not None else torch.inf)
+    stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
+    representation = 8 * torch.finfo(e.q.dtype).eps * size * q_norm + stored * e.norm
+    bounds = {"local": replace(bound, remainder=bound.remainder + representation).without_nan()}
+    return replace(
+        e, bounds=bounds, rounding_share=_rounding_share(e, bounds, e.residual_norm - norm(e.residual).double())
+    )
+
+
 def _local(
     point: Point, q: Tensor, product: Tensor, residual: Tensor, rounding: Tensor, known: LinearSolution | None
 ) -> LocalMeasurements | None:
     """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes."""
     mu = point.constants.strong_convexity.double()
     change = point.local_change(q, point.energy_distance.clamp(1e-30, 1e15))
-    if change is None or point.columns is None:
+    if change is None or point.mixed_dual_norms is None:
         return None
     dual = point.dual_norm(residual)
     if known is not None and known.energy_norm is not None:

@@ -23,6 +23,8 @@ CERTIFICATES = ("auto", "classical", "directional", "metric", "local", "polished
 MAX_CORRECTIONS = 10
 # with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
 FIRST_ERROR, FIRST_RESIDUAL = 3e-4, 0.5
+# the same, at most, where the parameters are too many for columns of J
+FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-4, 64
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
@@ -76,7 +78,9 @@ def hypergradient(
     _check_request(problem, certificate, error_tol, residual_tol, relative, bound_tol)
     start, before = time.perf_counter(), problem.cost.copy()
     oracle = LossOracle(loss, x_true, problem.shape)
-    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear or ConjugateGradient(preconditioner="auto"))
+    linear = ConjugateGradient(preconditioner="auto") if linear is None else linear
+    thrifty = certificate in ("auto", "polished")
+    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear, thrifty=thrifty)
     names = ("classical", "directional", "metric", "local") if certificate in ("auto", "polished") else (certificate,)
     polished_from, verifier = None, None
     reason = ""
@@ -168,7 +172,7 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
     The first corrections go on until the estimate is certified to ``POLISHED_RELATIVE``; the others until the
     distance to the last estimate tells its error from both sides. Where that can't be had the two are the same.
     """
-    if first.point.reason:
+    if not first.bounds and first.point.reason:
         point = refiner.newton_step(first.point, 0.1)
         residual_tol = 0.1 * norm(first.residual).double().clamp(max=float(norm(point.loss_grad).max()))
         only = refiner.correct_adjoint(point, first, residual_tol)
@@ -204,12 +208,14 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     size = norm(start).clamp(min=1e-3)
     fraction = 0.1 if goal.relative is None else min(goal.relative, 1.0)
     # even a rough goal needs x where the certificates are nearly linear in its error
-    error_tol = FIRST_ERROR * min(fraction, 0.1) * size
-    current = refiner.solve(x0, q0, error_tol, FIRST_RESIDUAL * fraction**0.5, relative=True)
-    if current.point.reason:
+    first_error, first_residual = FIRST_ERROR * min(fraction, 0.1), FIRST_RESIDUAL * fraction**0.5
+    if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
+        # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
+        first_error, first_residual = min(first_error, FIRST_ERROR_MANY), min(first_residual, FIRST_RESIDUAL_MANY)
+    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True)
+    if not current.bounds and current.point.reason:
         return current, ""  # no constants to measure the accuracy with
-    names = _available(current, names)
-    if not names:
+    if not _available(current, names):
         return current, ""
     best, best_bound = current, _total(current, names)
     stalled = rounds = 0
@@ -240,7 +246,7 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
     problem, batch = refiner.problem, current.q.shape[0]
     bound = _total(current, names)
     certified = bound < float("inf")
-    not_certified = current.point.reason or ("" if certified else _why_infinite(current, names))
+    not_certified = "" if certified else current.point.reason or _why_infinite(current, names)
     if names:
         sample_bounds, parts, name = current.best(names)
     else:

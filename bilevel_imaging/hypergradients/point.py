@@ -103,6 +103,8 @@ class Point:
         """||J||, ``(B,)``: exact from its columns where they are few, else the a priori bound, else from products."""
         if self.columns is not None:
             return certificates.operator_norms.from_columns(self.columns)
+        if (bound := self.linearization.mixed_norm_bound()) is not None:
+            return bound
         if self.constants.mixed_norm is not None:
             return self.constants.mixed_norm
         bounds, failure_probability = randomized_mixed_norms(self.problem, self.linearization, self.x)
@@ -193,8 +195,11 @@ class Point:
         return certificates.energy_distance(self.dual_grad_norm, self.relative_curvature)
 
     @cached_property
-    def mixed_dual_norms(self) -> Tensor:
-        """||J_j||_{H^-1}, the smaller of what a solve-free bound gives and of the energy's own, ``(B, n)`` float64."""
+    def mixed_dual_norms(self) -> Tensor | None:
+        """||J_j||_{H^-1}, the smaller of what a solve-free bound gives and of the energy's own, ``(B, n)`` float64; by
+        blocks, or ``None``, where there are no columns."""
+        if self.columns is None:
+            return self.linearization.mixed_block_norms(self.constants.strong_convexity)
         norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
         own = self.linearization.mixed_energy_norms()
         return norms if own is None else torch.minimum(norms, own)

@@ -33,8 +33,17 @@ class Refiner:
     accuracy although every Krylov iteration runs in float32.
     """
 
-    def __init__(self, problem: LowerLevelProblem, loss: LossOracle, lower: LowerSolver, linear: LinearSolver):
+    def __init__(
+        self,
+        problem: LowerLevelProblem,
+        loss: LossOracle,
+        lower: LowerSolver,
+        linear: LinearSolver,
+        *,
+        thrifty: bool = False,
+    ):
         exact = problem.double()
+        self.thrifty = thrifty
         self.problem, self.loss, self.lower, self.linear = problem, loss, lower, linear
         self.exact = problem if exact is None else exact
         self.newton_solver = ConjugateGradient(preconditioner="auto")
@@ -59,7 +68,7 @@ class Refiner:
         rhs = self.loss.grad(self.lower_solution.x)
         residual_tol = residual_tol * norm(rhs) if relative else residual_tol
         self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
-        result = estimate(point, self.linear_solution.q.to(self.exact.dtype), known=self.linear_solution)
+        result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
 
     def point(self, x: Tensor) -> Point:
@@ -130,14 +139,17 @@ class Refiner:
             if self.exact is self.problem or bool((residual_tol >= FLOAT32_RELATIVE * norm(rhs)).all()):
                 solution = self.linear.resume(point.working, rhs, solution, residual_tol.to(rhs.dtype))
                 self.linear_solution = solution
-                return self._resumable(estimate(point, solution.q.to(current.q.dtype), known=solution), solution)
+                return self._resumable(self._estimate(point, solution.q.to(current.q.dtype), solution), solution)
         residual = current.residual if same else point.loss_grad - point.linearization.hvp(current.q)
         residual_tol = self._attainable(residual_tol.to(residual.dtype), residual)
         latest = self.linear.solve(point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
         before = self.linear_solution
         iterations = latest.iterations if before is None else latest.iterations + before.iterations
         self.linear_solution = replace(latest, iterations=iterations)
-        return estimate(point, current.q + latest.q.to(current.q.dtype), known=latest)
+        return self._estimate(point, current.q + latest.q.to(current.q.dtype), latest)
+
+    def _estimate(self, point: Point, q: Tensor, known: LinearSolution) -> Estimate:
+        return estimate(point, q, known=known, thrifty=self.thrifty)
 
     def _resumable(self, result: Estimate, solution: LinearSolution) -> Estimate:
         """Remember the solve behind an estimate, so that it can go on instead of starting again."""
@@ -200,6 +212,6 @@ class Refiner:
             hessian, energy = change.hessian, change.energy
         size = m.mixed_norms.norm(dim=1)
         per_distance = size * (m.loss_smoothness / m.strong_convexity + hessian)
-        per_distance = per_distance + m.slopes.norm() * energy
+        per_distance = per_distance + m.slopes.norm(dim=-1) * energy
         wanted = torch.minimum(LOWER_SHARE * goal / per_distance.clamp(min=1e-300), NEAR / curvature.clamp(min=1e-300))
         return wanted, size * m.residual_norm / current.residual_norm.clamp(min=1e-300)

@@ -99,6 +99,10 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         with torch.no_grad():
             return self.grad(x.detach()).double().flatten(1).norm(dim=1)
 
+    def subset(self, index: Tensor) -> Regularizer:
+        """The regularizer for the samples ``index`` (int64) of a batch: the same, unless it depends on the sample."""
+        return self
+
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that are learned, by name, in the order of theta."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -1,0 +1,175 @@
+"""Sums of convex potentials of filter responses: what Fields of Experts and convex ridge regularizers share."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel_imaging.derivatives import Constants, Linearization
+from bilevel_imaging.regularizers.base import Regularizer
+from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank
+from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
+from bilevel_imaging.regularizers.profiles import Profile
+from bilevel_imaging.regularizers.ridge_linearization import RidgeLinearization
+
+# responses evaluated together: on a CPU what a core's own cache holds
+CHUNK = {"cpu": 2**18, "cuda": 2**27}
+
+
+class RidgeRegularizer(Regularizer):
+    """R(x) = sum over filters k and pixels i of psi_k((w_k * x)_i) with convex psi_k.
+
+    The filters are those of a chain of convolutions, ``filters`` (one layer or more), minus their means and scaled to
+    unit norm: constants are not penalized, and the scale of a filter is that of its potential. Both are
+    parametrizations: every value of the parameters is admissible. Filters of one channel act on every channel of a
+    color or complex image.
+
+    Args:
+        filters: the layers, ``(features_l, features_{l-1}, s_l, s_l)`` with the image channels as features_0; s_l odd.
+        boundary: how images are continued: "symmetric" or "zero".
+        learn_filters: whether the filters are learned.
+
+    Raises:
+        ValueError: layers that do not fit each other, filters of even size, or an unknown boundary.
+    """
+
+    def __init__(self, filters: list[Tensor], boundary: str, learn_filters: bool):
+        super().__init__()
+        if boundary not in BOUNDARIES:
+            raise ValueError(f"Unknown boundary {boundary!r}. Choose from {list(BOUNDARIES)}.")
+        for layer, following in zip(filters, filters[1:], strict=False):
+            if layer.shape[0] != following.shape[1]:
+                raise ValueError(
+                    f"Expected a layer with {layer.shape[0]} input features, those of the layer before it. Got "
+                    f"{tuple(following.shape)}."
+                )
+        for layer in filters:
+            if layer.dim() != 4 or layer.shape[2] != layer.shape[3] or layer.shape[2] % 2 == 0:
+                raise ValueError(f"Expected filters (out, in, s, s) of odd size s. Got shape {tuple(layer.shape)}.")
+        self.boundary = boundary
+        self.filter_layers = nn.ParameterList(
+            nn.Parameter(layer.double(), requires_grad=learn_filters) for layer in filters
+        )
+        self._frozen: dict[tuple[torch.dtype, str, int], tuple[Tensor, FilterBank, Profile]] = {}
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.filter_layers[0].shape[1]
+
+    @abc.abstractmethod
+    def profile(self, like: Tensor) -> Profile:
+        """The potentials in the dtype and on the device of ``like``; differentiable when grad mode is on."""
+
+    def kernels(self) -> Tensor:
+        """The filters w_k, of mean 0 and norm 1, ``(K, C, s, s)`` float64; differentiable in the parameters."""
+        return normalize(compose(list(self.filter_layers)))
+
+    def filters(self) -> Tensor:
+        """The filters w_k, ``(K, C, s, s)`` float64, to look at."""
+        with torch.no_grad():
+            return self.kernels().cpu()
+
+    def potentials(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """psi_k(t) and psi_k'(t), each ``(K, T)`` float64, for responses t ``(T,)``."""
+        with torch.no_grad():
+            z = t.double().to(self.filter_layers[0].device).unsqueeze(1).expand(-1, len(self.filters()))
+            profile = self.profile(z)
+            return profile.value(z).T.cpu(), profile.slope(z).T.cpu()
+
+    def frozen(self, x: Tensor) -> tuple[FilterBank, Profile]:
+        """Filters and potentials at the current parameters, for images like x; kept until a parameter changes."""
+        planes = self._planes(x)
+        key = (x.dtype, str(x.device), planes)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable in every mode
+            values = torch.cat([p.detach().flatten().double() for p in self.parameters()])
+            if key not in self._frozen or not torch.equal(self._frozen[key][0], values):
+                bank = FilterBank(self.kernels().to(x), self.boundary, planes)
+                self._frozen[key] = (values, bank, self.profile(x))
+        return self._frozen[key][1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen": {}}
+
+    def chunks(self, shape: torch.Size | tuple[int, ...], count: int, device: torch.device) -> Iterator[slice]:
+        """Parts of a batch whose responses to ``count`` filters are evaluated together."""
+        size = math.prod(shape[1:]) // self.channels * count
+        step = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // size)
+        return (slice(start, start + step) for start in range(0, shape[0], step))
+
+    def _planes(self, x: Tensor) -> int:
+        """How often the filters are applied to an image: once, or to every channel if they have one."""
+        if x.dim() != 4 or (self.channels > 1 and x.shape[1] != self.channels):
+            raise ValueError(
+                f"Expected images (B, {self.channels}, H, W) for filters of {self.channels} channels. Got "
+                f"{tuple(x.shape)}."
+            )
+        return x.shape[1] // self.channels
+
+    def _bank(self, x: Tensor) -> FilterBank:
+        """The filters for images like x, differentiable in the parameters."""
+        return FilterBank(self.kernels().to(x), self.boundary, self._planes(x))
+
+    def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            bank, profile = self._bank(x), self.profile(x)
+            return profile.value(bank.apply(x)).flatten(1).sum(1)
+        bank, profile = self.frozen(x)
+        parts = self.chunks(x.shape, len(bank.kernels), x.device)
+        return torch.cat([profile.value(bank.apply(x[part])).flatten(1).sum(1) for part in parts])
+
+    def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            bank, profile = self._bank(x), self.profile(x)
+            return bank.adjoint(profile.slope(bank.apply(x)))
+        bank, profile = self.frozen(x)
+        parts = self.chunks(x.shape, len(bank.kernels), x.device)
+        return torch.cat([bank.adjoint(profile.slope(bank.apply(x[part]))) for part in parts])
+
+    def linearize(self, x: Tensor) -> Linearization:
+        """Derivatives frozen at x, ``(B, C, H, W)``."""
+        with torch.no_grad():
+            return RidgeLinearization(self, x.detach())
+
+    def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
+        bank, profile = self.frozen(self.filter_layers[0].new_empty((1, self.channels, 1, 1)))
+        batch = (shape[0],)
+        smoothness = bank.squared_norm(profile.curvature_limit)
+        lipschitz = bank.squared_norm(profile.third_limit * bank.row_norms())
+        return Constants(
+            strong_convexity=torch.zeros_like(smoothness).expand(batch),
+            smoothness=smoothness.expand(batch),
+            hessian_lipschitz=lipschitz.expand(batch),
+            reason="" if not self.trainable() else "the mixed derivative of filters is bounded near a point only",
+        )
+
+    def gradient_scale(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x.detach().float()  # a size needs no more
+            bank, profile = self.frozen(x)
+            absolute = FilterBank(bank.kernels.abs(), self.boundary, bank.planes)
+            scale = []
+            for part in self.chunks(x.shape, len(bank.kernels), x.device):
+                slope, curvature = profile.slope_and_curvature(bank.apply(x[part]))
+                # responses are rounded relative to what they are summed from, and psi' follows them
+                terms = slope.abs_().addcmul_(curvature, absolute.apply(x[part].abs()))
+                scale.append(absolute.adjoint(terms).double().flatten(1).norm(dim=1))
+            return 1.001 * torch.cat(scale)
+
+    def kernel_sensitivity(self) -> float:
+        """Bound of the norm of the derivative of the filters in the parameters behind them."""
+        with torch.no_grad():
+            return jacobian_bound(list(self.filter_layers))
+
+    def pull_back(self, gradient: Tensor) -> dict[str, Tensor]:
+        """From d/d filters ``(K, C, s, s)`` to d/d parameters, by name."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [layer.detach().requires_grad_(True) for layer in self.filter_layers]
+            # a clone, because what was made in inference mode can't be used here
+            products = torch.autograd.grad(normalize(compose(leaves)), leaves, gradient.clone().to(leaves[0]))
+        return {f"filter_layers.{n}": product for n, product in enumerate(products)}
