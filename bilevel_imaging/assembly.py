@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bilevel_imaging.data import (
     Degradation,
     ImageFolder,
     ImagePairs,
+    RandomPatches,
     center_crop,
     extract_patches,
     list_images,
@@ -23,16 +25,22 @@ from bilevel_imaging.data import (
 )
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.errors import DataError
+from bilevel_imaging.export import load_regularizer
 from bilevel_imaging.linear_solvers import LINEAR_SOLVERS
 from bilevel_imaging.lower_solvers import LOWER_SOLVERS
 from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
 from bilevel_imaging.training.objective import BilevelObjective
+from bilevel_imaging.training.random_objective import RandomPatchObjective
+from bilevel_imaging.training.warm_starts import DiskWarmStarts, NoWarmStarts, WarmStarts
 from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS, UpperLevelMethod
 
 # Noise and masks of validation and test images do not depend on the seed of a run, so that runs compare.
 NOISE_SEEDS = {"val": 1_000_001, "test": 1_000_002}
 PHOTOGRAPH_PARTS: dict[str, Any] = {"train": "train", "val": "validation", "test": "test"}
 HELD_OUT = 0.1  # part of a training folder that validates when no validation folder is given
+# training patches at most with which the weight of the baseline is chosen: more of them hardly move one number
+BASELINE_PATCHES = 64
+WARM_FOLDER = "warm_starts"
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -48,15 +56,15 @@ def device_of(config: RunConfig) -> torch.device:
 
 
 def degradation_of(config: RunConfig, part: str) -> Degradation:
-    """Operator and noise for the part "train", "val" or "test"."""
+    """Operator and noise for the part "train", "val", "test", or "baseline" (as "train", with the noise of tests)."""
     p = config.problem
-    return Degradation(
-        p.kind, p.sigma, p.blur_size, p.blur_std, p.kept_fraction, seed=NOISE_SEEDS.get(part, config.seed)
-    )
+    seed = NOISE_SEEDS.get(part, config.seed)
+    sigma_range = p.sigma_range if part == "train" else None
+    return Degradation(p.kind, p.sigma, p.blur_size, p.blur_std, p.kept_fraction, seed, sigma_range)
 
 
-def load_images(config: RunConfig, part: str) -> list[tuple[str, Tensor]]:
-    """Whole images of the part "train", "val" or "test" by name, ``(C, H, W)`` float64 in [0, 1].
+def load_images(config: RunConfig, part: str, dtype: torch.dtype = torch.float64) -> list[tuple[str, Tensor]]:
+    """Whole images of the part "train", "val" or "test" by name, ``(C, H, W)`` in [0, 1], rounded to ``dtype``.
 
     A folder that is not given is replaced as :class:`bilevel_imaging.config.DataConfig` says.
 
@@ -66,38 +74,71 @@ def load_images(config: RunConfig, part: str) -> list[tuple[str, Tensor]]:
     data = config.data
     folder = getattr(data, part)
     if not folder and part == "test" and (data.val or data.train):
-        return load_images(config, "val")
+        return load_images(config, "val", dtype)
     if folder and not (part == "train" and not data.val):
-        return load_folder(folder, config)
+        return load_folder(folder, config, dtype=dtype)
     if not data.train:
         images = photographs(data.color, PHOTOGRAPH_PARTS[part])
-        return _first(list(images.items()), data.max_images)
+        return [(name, image.to(dtype)) for name, image in _first(list(images.items()), data.max_images)]
     names = list_images(data.train)
     if len(names) < 2:
         raise DataError(f"{data.train}: only one image, none is left to validate with. Set data.val to another folder.")
     split = split_names(names, (1 - HELD_OUT, HELD_OUT, 0.0))
-    return load_folder(data.train, config, split.train if part == "train" else split.validation)
+    return load_folder(data.train, config, split.train if part == "train" else split.validation, dtype)
 
 
 def load_folder(
-    folder: str | Path, config: RunConfig, names: tuple[str, ...] | None = None
+    folder: str | Path,
+    config: RunConfig,
+    names: tuple[str, ...] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> list[tuple[str, Tensor]]:
-    """Images of a folder, all or those named, at most ``data.max_images``."""
+    """Images of a folder, all or those named, at most ``data.max_images``, rounded to ``dtype`` one by one."""
     images = ImageFolder(folder, config.data.color)
     positions = [i for i, name in enumerate(images.names) if names is None or name in names]
-    return [images[i] for i in _first(positions, config.data.max_images)]
+    chosen = (images[i] for i in _first(positions, config.data.max_images))
+    return [(name, image.to(dtype)) for name, image in chosen]
 
 
 def _first(items: list, count: int) -> list:
     return items[:count] if count else items
 
 
-def training_pairs(config: RunConfig) -> ImagePairs:
-    """Training patches and their measurements."""
+def training_data(config: RunConfig) -> ImagePairs | RandomPatches:
+    """What the training sees: fixed patches and their measurements, or minibatches of new ones."""
+    if not config.data.random_patches:
+        return training_pairs(config)
+    return RandomPatches(
+        load_images(config, "train", torch.float32),
+        degradation_of(config, "train"),
+        config.data.patch_size,
+        _minibatch(config),
+        dtype=getattr(torch, config.problem.dtype),
+        device=device_of(config),
+        seed=config.seed,
+    )
+
+
+def _minibatch(config: RunConfig) -> int:
+    if config.upper.minibatch is None:
+        raise ValueError("upper.minibatch: expected the number of patches of a step. Got null.")
+    return config.upper.minibatch
+
+
+def training_pairs(config: RunConfig, part: str = "train") -> ImagePairs:
+    """Fixed training patches and their measurements.
+
+    Args:
+        config: the settings.
+        part: "train", or "baseline" for at most ``BASELINE_PATCHES`` from all over the set with the noise of the
+            tests, to choose the weight of the baseline.
+    """
     images = load_images(config, "train")
     patches = extract_patches(images, config.data.patch_size, config.data.patches_per_image, config.seed)
+    if part == "baseline":
+        patches = patches[:: math.ceil(len(patches) / BASELINE_PATCHES)]
     dtype = getattr(torch, config.problem.dtype)
-    return ImagePairs.build(patches, degradation_of(config, "train"), dtype, device_of(config))
+    return ImagePairs.build(patches, degradation_of(config, part), dtype, device_of(config))
 
 
 def evaluation_pairs(
@@ -125,16 +166,29 @@ def evaluation_pairs(
 
 
 def make_regularizer(config: RegularizerConfig) -> Regularizer:
-    """The regularizer at its start."""
+    """The regularizer at its start.
+
+    Raises:
+        ValueError: a setting that it does not take, or a start of another kind or size.
+    """
     build = REGULARIZERS[config.kind]
-    given = {n: v for n, v in vars(config).items() if n not in ("kind", "options")}
+    given = {n: v for n, v in vars(config).items() if n not in ("kind", "options", "start") and v is not None}
     accepted = inspect.signature(build).parameters
     defaults = RegularizerConfig()
     for name, value in given.items():
         if name not in accepted and value != getattr(defaults, name):
             raise ValueError(f"regularizer.{name}: {config.kind} does not take it. Leave it out.")
     kept = {n: v for n, v in given.items() if n in accepted}
-    return _call(build, {**kept, **config.options}, "regularizer.options", config.kind)
+    regularizer = _call(build, {**kept, **config.options}, "regularizer.options", config.kind)
+    if config.start:
+        start = load_regularizer(config.start)
+        try:
+            if type(start) is not type(regularizer):
+                raise ValueError(f"it holds a {type(start).__name__}")
+            regularizer.load_state_dict(start.state_dict())
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"regularizer.start: {config.start} does not fit {config.kind}: {error}") from error
+    return regularizer
 
 
 def make_energy(config: RunConfig, regularizer: Regularizer | None = None) -> VariationalEnergy:
@@ -144,26 +198,59 @@ def make_energy(config: RunConfig, regularizer: Regularizer | None = None) -> Va
     return VariationalEnergy(regularizer, ridge=ridge or 0.0).to(device_of(config))
 
 
-def make_objective(config: RunConfig, energy: VariationalEnergy, pairs: ImagePairs) -> BilevelObjective:
+def make_objective(
+    config: RunConfig, energy: VariationalEnergy, data: ImagePairs | RandomPatches, folder: Path | None = None
+) -> BilevelObjective | RandomPatchObjective:
     """The upper-level objective with the solvers of the settings.
 
+    Args:
+        config: the settings.
+        energy: holds the parameters that are learned.
+        data: what :func:`training_data` returned.
+        folder: the run folder; needed for warm starts on the disk.
+
     Raises:
-        ValueError: nothing to learn, or larger minibatches than there are pairs.
+        ValueError: nothing to learn, larger minibatches than there are pairs, or no folder.
     """
     if not energy.theta:
         raise ValueError("regularizer: nothing to learn. Set regularizer.learn_weight or learn_smoothing to true.")
-    minibatch = config.upper.minibatch
-    if minibatch is not None and minibatch > len(pairs):
-        raise ValueError(f"upper.minibatch: expected at most {len(pairs)}, the number of patches. Got {minibatch}.")
-    solvers: dict[str, Any] = {}
+    for part in config.upper.lr_scale:
+        if not any(part in name for name in energy.theta):
+            raise ValueError(
+                f"upper.lr_scale: no parameter has {part!r} in its name. Names: {', '.join(energy.theta)}."
+            )
+    options: dict[str, Any] = {"batch_size": config.data.batch_size}
     for name, registry in (("lower", LOWER_SOLVERS), ("linear", LINEAR_SOLVERS)):
         settings = getattr(config, name)
         limits = {} if settings.max_iter is None else {"max_iter": settings.max_iter}
-        solvers[name] = registry[settings.solver](**limits)
-    generator = None if minibatch is None else torch.Generator().manual_seed(config.seed)
-    return BilevelObjective(
-        energy, pairs, batch_size=config.data.batch_size, minibatch=minibatch, generator=generator, **solvers
-    )
+        options[name] = registry[settings.solver](**limits)
+    if isinstance(data, RandomPatches):
+        return RandomPatchObjective(energy, data, **options)
+    minibatch = config.upper.minibatch
+    if minibatch is not None and minibatch > len(data):
+        raise ValueError(f"upper.minibatch: expected at most {len(data)}, the number of patches. Got {minibatch}.")
+    if minibatch is not None:
+        options["generator"] = torch.Generator().manual_seed(config.seed)
+        options["warm"] = _warm_starts(config, data, folder)
+    return BilevelObjective(energy, data, minibatch=minibatch, **options)
+
+
+def _warm_starts(config: RunConfig, pairs: ImagePairs, folder: Path | None) -> WarmStarts:
+    if config.data.warm_starts == "memory":
+        return WarmStarts("cpu")
+    if config.data.warm_starts == "none":
+        return NoWarmStarts()
+    if folder is None:
+        raise ValueError("data.warm_starts: expected a run folder for warm starts on the disk. Got none.")
+    shapes = {index: x.shape for index, x in zip(pairs.indices, pairs.x, strict=True)}
+    return DiskWarmStarts(folder / WARM_FOLDER, shapes, pairs.x[0].dtype)
+
+
+# settings that a method may take as arguments of the same names
+_METHOD_SETTINGS = (
+    *("lr", "relative", "error_tol", "residual_tol", "tolerance"),
+    *("schedule", "warmup", "clip", "average", "lr_scale"),
+)
 
 
 def make_method(config: UpperConfig) -> UpperLevelMethod:
@@ -173,11 +260,13 @@ def make_method(config: UpperConfig) -> UpperLevelMethod:
         ValueError: a setting that the method does not take.
     """
     build = UPPER_LEVEL_METHODS[config.method]
-    given = {n: getattr(config, n) for n in ("lr", "relative", "error_tol", "residual_tol", "tolerance")}
-    given = {name: value for name, value in given.items() if value is not None}
+    defaults, accepted = UpperConfig(), inspect.signature(build).parameters
+    given = {n: getattr(config, n) for n in _METHOD_SETTINGS if getattr(config, n) != getattr(defaults, n)}
     for name in given:
-        if name not in inspect.signature(build).parameters:
+        if name not in accepted:
             raise ValueError(f"upper.{name}: {config.method} does not take it. Leave it out.")
+    if "total_steps" in accepted:
+        given["total_steps"] = config.max_steps
     return _call(build, {**given, **config.options}, "upper.options", config.method)
 
 

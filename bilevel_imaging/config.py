@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+WARM_STARTS = ("memory", "disk", "none")
 # chosen for operators with a null space, where the energy is not strongly convex without it
 DEFAULT_RIDGE = 1e-3
 # parameters are logarithms: this changes them by 5 % in a step, where the optimizers' own defaults change 0.1 %
@@ -28,10 +30,15 @@ class DataConfig:
         test: folder of test images; empty for the bundled ones, or the validation images with a folder of your own.
         patch_size: height and width of the training patches, pixels.
         patches_per_image: patches from every training image.
+        random_patches: instead of so many fixed patches, cut ``upper.minibatch`` new ones for every step, turned and
+            flipped at random, with new noise; for large folders and many steps of a first-order method.
         color: train on RGB instead of gray images.
         batch_size: most images solved together; limits memory, does not change the result.
         max_images: use the first so many images of every set; 0 for all.
         eval_size: validation and test images are cropped to at most this height and width, pixels.
+        warm_starts: with minibatches of fixed patches, where the last solutions of every patch are kept to start from:
+            memory (and every checkpoint), disk (files in the run folder; resuming after a kill is then exact to the
+            accuracy of the solves, not bit for bit) or none.
     """
 
     train: str = ""
@@ -39,12 +46,15 @@ class DataConfig:
     test: str = ""
     patch_size: int = 128
     patches_per_image: int = 2
+    random_patches: bool = False
     color: bool = False
     batch_size: int = 64
     max_images: int = 0
     eval_size: int = 256
+    warm_starts: str = "memory"
 
     def __post_init__(self) -> None:
+        _one_of("data.warm_starts", self.warm_starts, WARM_STARTS)
         for name, least in (("patch_size", 8), ("patches_per_image", 1), ("batch_size", 1), ("eval_size", 16)):
             _at_least(f"data.{name}", getattr(self, name), least)
         _at_least("data.max_images", self.max_images, 0)
@@ -57,6 +67,8 @@ class ProblemConfig:
     Attributes:
         kind: denoising, deblurring (circular Gaussian blur) or inpainting (missing pixels).
         sigma: standard deviation of the noise, in units of the image range [0, 1].
+        sigma_range: [low, high] to give every training patch a noise level of its own, uniform between them; sigma is
+            then that of validation and test alone. null for sigma everywhere.
         blur_size: width of the blur kernel, pixels, odd.
         blur_std: standard deviation of the blur kernel, pixels.
         kept_fraction: part of the pixels that inpainting keeps.
@@ -67,6 +79,7 @@ class ProblemConfig:
 
     kind: str = "denoising"
     sigma: float = 0.1
+    sigma_range: tuple[float, float] | None = None
     blur_size: int = 9
     blur_std: float = 1.5
     kept_fraction: float = 0.7
@@ -81,6 +94,9 @@ class ProblemConfig:
         _one_of("problem.dtype", self.dtype, DTYPES)
         _one_of("problem.device", self.device, DEVICES)
         _number("problem.sigma", self.sigma, ">= 0")
+        if self.sigma_range is not None and not 0 <= self.sigma_range[0] <= self.sigma_range[1] < math.inf:
+            low, high = self.sigma_range
+            raise ValueError(f"problem.sigma_range: expected finite numbers 0 <= low <= high. Got [{low}, {high}].")
         _number("problem.blur_std", self.blur_std, "> 0")
         if self.blur_size < 1 or self.blur_size % 2 == 0:
             raise ValueError(f"problem.blur_size: expected an odd number >= 1. Got {self.blur_size}.")
@@ -97,23 +113,26 @@ class RegularizerConfig:
 
     Attributes:
         kind: name of the regularizer, e.g. total_variation or tikhonov.
-        weight: its weight at the start.
-        smoothing: its smoothing at the start (total variation).
+        start: file of an exported regularizer whose parameters are the start, e.g. a run's regularizer.safetensors; it
+            must be of this kind and size. Empty for the start that the other settings give.
+        weight: its weight at the start; null for the regularizer's own default.
+        smoothing: its smoothing at the start (total variation, fields of experts); null likewise.
         isotropic: one root per pixel instead of one per difference (total variation).
         couple_channels: one root for all channels (total variation, color).
-        learn_weight: learn the weight.
-        learn_smoothing: learn the smoothing (total variation).
+        learn_weight: learn the weight; null for the regularizer's own default.
+        learn_smoothing: learn the smoothing; null likewise.
         operator: identity or gradient (tikhonov).
         options: further arguments of the regularizer by name.
     """
 
     kind: str = "total_variation"
-    weight: float = 0.1
-    smoothing: float = 0.01
+    start: str = ""
+    weight: float | None = None
+    smoothing: float | None = None
     isotropic: bool = True
     couple_channels: bool = False
-    learn_weight: bool = True
-    learn_smoothing: bool = True
+    learn_weight: bool | None = None
+    learn_smoothing: bool | None = None
     operator: str = "gradient"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -122,8 +141,19 @@ class RegularizerConfig:
 
         _one_of("regularizer.kind", self.kind, REGULARIZERS)
         _one_of("regularizer.operator", self.operator, Tikhonov.OPERATORS)
-        _number("regularizer.weight", self.weight, "> 0")
-        _number("regularizer.smoothing", self.smoothing, "> 0")
+        for name in ("weight", "smoothing"):
+            if getattr(self, name) is not None:
+                _number(f"regularizer.{name}", getattr(self, name), "> 0")
+
+    def resolved(self) -> RegularizerConfig:
+        """With the regularizer's own defaults where it takes what was left open."""
+        from bilevel_imaging.regularizers import REGULARIZERS
+
+        accepted = inspect.signature(REGULARIZERS[self.kind]).parameters
+        names = ("weight", "smoothing", "learn_weight", "learn_smoothing")
+        left = [n for n in names if getattr(self, n) is None and n in accepted and n not in self.options]
+        own = {n: accepted[n].default for n in left if accepted[n].default is not inspect.Parameter.empty}
+        return replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -179,6 +209,15 @@ class UpperConfig:
         residual_tol: fixed adjoint accuracy instead of relative (first-order methods).
         tolerance: stop when a step is predicted to lower the loss by less than this fraction (maid).
         minibatch: patches of one step, in shuffled order (first-order methods); null for all.
+        schedule: of the learning rate: constant, or cosine, which falls to a hundredth of it over max_steps
+            (first-order methods); another max_steps at a resume changes it from there on.
+        warmup: first steps, in which the learning rate rises linearly from zero (first-order methods).
+        clip: scale hypergradients down to so many times the running median of their norms, at least 1, so that one bad
+            minibatch cannot wreck a long run (first-order methods); null for never.
+        average: part of the run at its end, between 0 and 1, over which the parameters are averaged; the average is
+            what is validated, exported and evaluated (first-order methods). 0 for the last parameters.
+        lr_scale: factors of lr by part of a parameter's name, e.g. {"regularizer.log_weight": 0.1}; the longest part
+            that fits counts (first-order methods).
         options: further arguments of the method by name.
     """
 
@@ -190,16 +229,30 @@ class UpperConfig:
     residual_tol: float | None = None
     tolerance: float | None = None
     minibatch: int | None = None
+    schedule: str = "constant"
+    warmup: int = 0
+    clip: float | None = None
+    average: float = 0.0
+    lr_scale: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS
+        from bilevel_imaging.upper_level.long_runs import SCHEDULES
 
         _one_of("upper.method", self.method, UPPER_LEVEL_METHODS)
         _at_least("upper.max_steps", self.max_steps, 0)
         for name in ("lr", "relative", "error_tol", "residual_tol", "tolerance"):
             if getattr(self, name) is not None:
                 _number(f"upper.{name}", getattr(self, name), "> 0")
+        _one_of("upper.schedule", self.schedule, SCHEDULES)
+        _at_least("upper.warmup", self.warmup, 0)
+        if self.clip is not None and not 1 <= self.clip < math.inf:
+            raise ValueError(f"upper.clip: expected a finite number >= 1. Got {self.clip}.")
+        if not 0 <= self.average <= 1:
+            raise ValueError(f"upper.average: expected a number in [0, 1]. Got {self.average}.")
+        for part, scale in self.lr_scale.items():
+            _number(f"upper.lr_scale: {part}", scale, "> 0")
         if self.minibatch is not None:
             _at_least("upper.minibatch", self.minibatch, 1)
             if self.method == "maid":
@@ -212,13 +265,16 @@ class LoggingConfig:
 
     Attributes:
         validate_every: steps between two validations; 0 for only at the end.
+        validate_images: validate with the first so many images; 0 for all.
         checkpoint_every: steps between two checkpoints.
         tensorboard: write TensorBoard events.
         progress: show the progress.
-        evaluate: compare with the grid search on the test images at the end.
+        evaluate: at the end, compare on the test images with total variation (or the same tikhonov) whose weight is
+            found by a grid search on training patches.
     """
 
     validate_every: int = 5
+    validate_images: int = 0
     checkpoint_every: int = 5
     tensorboard: bool = True
     progress: bool = True
@@ -226,6 +282,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _at_least("logging.validate_every", self.validate_every, 0)
+        _at_least("logging.validate_images", self.validate_images, 0)
         _at_least("logging.checkpoint_every", self.checkpoint_every, 1)
 
 
@@ -253,9 +310,23 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        data, upper = self.data, self.upper
+        if data.random_patches and upper.method == "maid":
+            raise ValueError("data.random_patches: maid compares losses of all images. Choose another upper.method.")
+        if data.random_patches and upper.minibatch is None:
+            raise ValueError(
+                "data.random_patches: expected upper.minibatch, the number of patches of a step. Got null."
+            )
+        if data.warm_starts != "memory" and (data.random_patches or upper.minibatch is None):
+            raise ValueError(
+                f"data.warm_starts: expected memory unless fixed patches come in minibatches. Got {data.warm_starts}."
+            )
+
     def resolved(self) -> RunConfig:
         """The same with choices that were left open filled in and folders as absolute paths."""
         folders = {n: _absolute(getattr(self.data, n)) for n in ("train", "val", "test")}
+        regularizer = replace(self.regularizer.resolved(), start=_absolute(self.regularizer.start))
         ridge, upper = self.problem.ridge, self.upper
         lr = DEFAULT_LR.get(upper.method) if upper.lr is None else upper.lr
         tolerance = DEFAULT_TOLERANCE.get(upper.method) if upper.tolerance is None else upper.tolerance
@@ -265,6 +336,7 @@ class RunConfig:
             self,
             data=replace(self.data, **folders),
             problem=replace(self.problem, ridge=ridge),
+            regularizer=regularizer,
             upper=replace(upper, lr=lr, tolerance=tolerance),
         )
 

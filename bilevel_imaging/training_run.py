@@ -15,7 +15,7 @@ import yaml
 
 from bilevel_imaging import assembly
 from bilevel_imaging.config import RunConfig
-from bilevel_imaging.data import ImagePairs
+from bilevel_imaging.data import ImagePairs, RandomPatches
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.errors import CheckpointError, DataError
 from bilevel_imaging.export import load_regularizer, save_regularizer, versions
@@ -24,12 +24,15 @@ from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training import Trainer, TrainingResult
 from bilevel_imaging.training.checkpoints import atomic_write
 from bilevel_imaging.training.comparison import comparison_figure
-from bilevel_imaging.training.evaluation import Evaluation, GridSearch, Validator, baseline, evaluate, grid_search
+from bilevel_imaging.training.evaluation import Evaluation, GridSearch, baseline, evaluate, grid_search
 from bilevel_imaging.training.figures import save_figure
+from bilevel_imaging.training.filter_figures import regularizer_figures, regularizer_pictures
 from bilevel_imaging.training.metrics_log import finite_or_none
 from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.progress import format_interval
+from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.state import digest
+from bilevel_imaging.training.validation import Validator
 
 CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.yaml", "data.json", "summary.json"
 REGULARIZER_FILE = "regularizer.safetensors"
@@ -48,11 +51,11 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> int:
         exit code: 0; 1 if the training diverged; 130 if it was interrupted.
     """
     try:
-        pairs = assembly.training_pairs(config)
+        data = assembly.training_data(config)
         energy = assembly.make_energy(config)
-        objective = assembly.make_objective(config, energy, pairs)
+        objective = assembly.make_objective(config, energy, data, folder)
         trainer = make_trainer(config, folder, objective)
-        _check_data(folder, pairs, resume)
+        _check_data(folder, data, resume)
         write_config(folder, config)
     except BaseException:
         # a mistake in the settings must not leave an empty folder behind
@@ -64,26 +67,31 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> int:
     result = trainer.fit()
     if result.status == "diverged":
         return 1
-    export(config, folder, energy, objective)
-    if result.status == "interrupted":
-        return 130
-    value = objective.value(_final_accuracy(pairs))
-    summary = _summary(config, result, energy.regularizer, (value.value, value.lower, value.upper))
-    if config.logging.evaluate:
-        search = _search(folder, config, energy.regularizer, pairs)
-        test = assembly.evaluation_pairs(config, "test")
-        evaluation = evaluate(_energies(config, energy.regularizer, search), test)
-        summary |= evaluation.to_dict() | {"grid_search": _search_summary(search)}
-        _save_picture(evaluation, folder / "pictures" / "evaluation.png")
+    with trainer.learned():
+        export(config, folder, objective)
+        if result.status == "interrupted":
+            return 130
+        summary = _summary(config, result, energy.regularizer, _final_loss(objective, result))
+        if config.logging.evaluate:
+            summary |= _compared(config, folder, energy.regularizer)
     write_json(folder / SUMMARY_FILE, summary)
     print(report(summary, folder, len(summary["images"])))
     return 0
 
 
-def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective) -> Trainer:
-    """The trainer of a run, with validation on crops of the validation images."""
-    dtype = getattr(torch, config.problem.dtype)
-    validation = assembly.evaluation_pairs(config, "val", dtype=dtype)
+def _compared(config: RunConfig, folder: Path, regularizer: Regularizer) -> dict[str, Any]:
+    """Scores on the test images beside those of the baseline, and a picture of them."""
+    search = _search(folder, config, regularizer)
+    test = assembly.evaluation_pairs(config, "test")
+    evaluation = evaluate(_energies(config, regularizer, search), test)
+    _save_picture(evaluation, folder / "pictures" / "evaluation.png")
+    return evaluation.to_dict() | {"grid_search": _search_summary(search)}
+
+
+def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective | RandomPatchObjective) -> Trainer:
+    """The trainer of a run, with validation in float32 on crops of the validation images."""
+    images = assembly.load_images(config, "val")[: config.logging.validate_images or None]
+    validation = assembly.evaluation_pairs(config, "val", images, dtype=torch.float32)
     validator = Validator(objective.energy, validation, LOWER_SOLVERS[config.lower.solver]())
     return Trainer(
         objective,
@@ -93,7 +101,7 @@ def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective) -
         validate=validator.validate,
         validate_every=config.logging.validate_every,
         checkpoint_every=config.logging.checkpoint_every,
-        log_images=validator.images,
+        log_images=lambda: {**validator.images(), **regularizer_pictures(objective.energy.regularizer)},
         config=asdict(config),
         tensorboard=config.logging.tensorboard,
         progress=config.logging.progress,
@@ -112,9 +120,9 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _check_data(folder: Path, pairs: ImagePairs, resume: bool) -> None:
+def _check_data(folder: Path, data: ImagePairs | RandomPatches, resume: bool) -> None:
     """Remember the training images, and refuse to continue with others: that would not be bit for bit."""
-    current = {"names": pairs.names, "digest": digest([x.cpu() for x in pairs.x])}
+    current = {"names": data.names, "digest": digest([x.cpu() for x in data.x])}
     path = folder / DATA_FILE
     if resume and path.exists():
         try:
@@ -127,10 +135,9 @@ def _check_data(folder: Path, pairs: ImagePairs, resume: bool) -> None:
         write_json(path, current)
 
 
-def export(config: RunConfig, folder: Path, energy: VariationalEnergy, objective: BilevelObjective) -> None:
+def export(config: RunConfig, folder: Path, objective: BilevelObjective | RandomPatchObjective) -> None:
     """Write the learned regularizer with the constants of its training energy."""
-    batch = objective.pairs.batch([0])
-    bounds = energy.bind(batch.y, batch.physics).constants()
+    energy, bounds = objective.energy, objective.constants()
     pairs = (("mu", bounds.strong_convexity), ("L", bounds.smoothness))
     constants = {name: float(value[0]) for name, value in pairs if value is not None}
     save_regularizer(
@@ -141,10 +148,18 @@ def export(config: RunConfig, folder: Path, energy: VariationalEnergy, objective
         constants=constants,
         extra={"problem": asdict(config.problem), "color": config.data.color, "seed": config.seed},
     )
+    for name, figure in regularizer_figures(energy.regularizer).items():
+        save_figure(figure, folder / "pictures" / f"{name}.png")
 
 
-def _final_accuracy(pairs: ImagePairs) -> float:
-    return 1e-5 * pairs.x[0].numel() ** 0.5
+def _final_loss(
+    objective: BilevelObjective | RandomPatchObjective, result: TrainingResult
+) -> tuple[float, float, float]:
+    """Loss and its certified interval: of all training patches, or that of the last minibatch if they are endless."""
+    if isinstance(objective, RandomPatchObjective):
+        return (result.loss, *result.loss_interval)
+    value = objective.value(1e-5 * objective.pairs.x[0].numel() ** 0.5)
+    return value.value, value.lower, value.upper
 
 
 def named_parameters(regularizer: Regularizer) -> dict[str, Any]:
@@ -167,6 +182,7 @@ def _summary(
         "ssim": None,
         "loss": value[0],
         "loss_interval": [value[1], value[2]],
+        "loss_images": "last minibatch" if config.data.random_patches else "all",
         "first_loss": result.summary.get("first_loss"),
         "parameters": named_parameters(regularizer),
         "status": result.status,
@@ -183,7 +199,7 @@ def _summary(
     }
 
 
-def _search(folder: Path, config: RunConfig, regularizer: Regularizer, pairs: ImagePairs | None) -> GridSearch:
+def _search(folder: Path, config: RunConfig, regularizer: Regularizer) -> GridSearch:
     """The grid search of a run; done once and kept in its folder."""
     path = folder / GRID_FILE
     if path.exists():
@@ -195,7 +211,7 @@ def _search(folder: Path, config: RunConfig, regularizer: Regularizer, pairs: Im
             raise CheckpointError(f"{path} is damaged ({error}). Remove it: it will be computed again.") from error
     if config.logging.progress:
         print("Grid search for one weight on the training images, to compare with ...", file=sys.stderr, flush=True)
-    pairs = assembly.training_pairs(config) if pairs is None else pairs
+    pairs = assembly.training_pairs(config, "baseline")
     search = grid_search(regularizer, pairs, ridge=config.resolved().problem.ridge or 0.0)
     write_json(path, asdict(search))
     return search
@@ -221,13 +237,14 @@ def report(summary: dict[str, Any], folder: Path, images: int) -> str:
     values = {n: v for n, v in summary["parameters"].items() if not n.startswith("regularizer.")}
     learned = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     low, high = summary["loss_interval"]
+    notes = ["certified interval"] if math.isfinite(low) and math.isfinite(high) else []
+    notes += ["last minibatch"] if summary["loss_images"] == "last minibatch" else []
     lines = [
         "",
         f"Run folder     {folder}",
         f"Training       {summary['steps']} steps in {summary['seconds']:.1f} s: {summary['reason']}",
         f"Learned        {learned}",
-        f"Training loss  {format_interval(summary['loss'], low, high)}"
-        + ("  (certified interval)" if math.isfinite(low) and math.isfinite(high) else ""),
+        f"Training loss  {format_interval(summary['loss'], low, high)}" + (f"  ({', '.join(notes)})" if notes else ""),
     ]
     if summary["psnr"] is not None:
         search = summary["grid_search"]
@@ -268,7 +285,7 @@ def evaluate_run(
     if crop is None and data is not None:
         crop = 0
     pairs = assembly.evaluation_pairs(config, "test", images, crop=crop)
-    search = _search(folder, config, regularizer, None)
+    search = _search(folder, config, regularizer)
     evaluation = evaluate(_energies(config, regularizer, search), pairs)
     print(evaluation.table())
     distance = max(max(values) for values in evaluation.distance_bound.values())

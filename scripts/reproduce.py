@@ -1,13 +1,19 @@
 """Experiments of the literature and of this package: figures, a record of all numbers, and a table.
 
 python scripts/reproduce.py quadratic [--output DIR] [--json PATH]
+python scripts/reproduce.py denoising --regularizer FILE... --images DIR --sigma 15 25 50
+python scripts/reproduce.py ct --regularizer FILE... --images DIR --train 200
+python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
 """
 
 import argparse
 import importlib
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # An experiment is a module with run() -> record (JSON-able), table(record) -> str, and either
 # figures(record) -> {name: Figure} or figure(record) -> Figure.
@@ -16,33 +22,191 @@ EXPERIMENTS = {
     "equivalence": "bilevel_imaging.experiments.equivalence",
     "silent_gradients": "bilevel_imaging.experiments.silent_gradients",
     "float32_floor": "bilevel_imaging.experiments.float32_floor",
+    "denoising": "bilevel_imaging.experiments.denoising_scores",
+    "ct": "bilevel_imaging.experiments.medical",
+    "mri": "bilevel_imaging.experiments.medical",
 }
+MEDICAL = ("ct", "mri")
+WITH_FILES = ("denoising", *MEDICAL)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one experiment, print its table and the names of the files written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS, help="what to reproduce")
-    parser.add_argument("--output", type=Path, help="folder for figures and record.json (runs/reproduce/EXPERIMENT)")
-    parser.add_argument("--json", type=Path, help="also write the record here")
-    parsed = parser.parse_args(arguments)
-    folder = parsed.output or Path("runs", "reproduce", parsed.experiment)
+def parser() -> argparse.ArgumentParser:
+    """The command line; experiments import nothing before it is understood."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--output", type=Path, help="folder for figures and record.json (runs/reproduce/EXPERIMENT)")
+    common.add_argument("--json", type=Path, help="also write the record here")
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(dest="experiment", required=True, help="what to reproduce")
+    for name in EXPERIMENTS:
+        command = commands.add_parser(name, parents=[common])
+        if name == "denoising":
+            add_denoising_options(command)
+        if name in MEDICAL:
+            add_medical_options(command, name)
+    return whole
 
-    from bilevel_imaging.training.figures import save_figure  # not before a wrong name has been refused
 
+def add_denoising_options(command: argparse.ArgumentParser) -> None:
+    """What to score, on which images, and how to tune."""
+    command.description = "PSNR and SSIM of regularizers on whole gray images with Gaussian noise."
+    add = command.add_argument
+    add("--regularizer", type=Path, nargs="+", default=[], metavar="FILE", help="regularizer.safetensors of a run")
+    add("--images", type=Path, metavar="DIR", help="images to score on (default: bundled test photographs)")
+    levels = command.add_mutually_exclusive_group()
+    levels.add_argument("--sigma", type=float, nargs="+", help="noise levels in units of 1/255 (default: 25)")
+    levels.add_argument("--noise", type=float, nargs="+", help="noise levels for images in [0, 1], instead of --sigma")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--max-images", type=int, metavar="N", help="the first N images only, of every folder")
+    add("--crop", type=int, metavar="SIZE", help="cut images to this height and width at most (default: whole images)")
+    add("--tune", action="store_true", help="adapt weight and scale of every regularizer to every noise level")
+    add("--tv", action="store_true", help="add total variation with tuned weight and smoothing")
+    add("--tuning-images", type=Path, metavar="DIR", help="images to tune on (default: bundled training photographs)")
+    add("--device", default="cpu", help="where to compute (default: %(default)s)")
+    add("--markdown", type=Path, metavar="RECORD", help="compute nothing: print a saved record as Markdown")
+
+
+def add_medical_options(command: argparse.ArgumentParser, name: str) -> None:
+    """What to measure, on which slices, and what to learn."""
+    what = "sparse-view tomography" if name == "ct" else "undersampled single-coil MRI"
+    command.description = f"Regularizers for {what}, learned on some slices of a volume and scored on others."
+    add = command.add_argument
+    add("--regularizer", type=Path, nargs="+", default=[], metavar="FILE", help="regularizer.safetensors of a run")
+    add(
+        "--images", type=Path, metavar="DIR", help="slices of one volume, sorted by name (default: phantom)"
+    )
+    add("--size", type=int, default=128, help="longer side of the slices, reduced to that (default: %(default)s)")
+    if name == "ct":
+        add("--views", type=int, default=60, help="equispaced directions in 180 degrees (default: %(default)s)")
+    else:
+        add("--acceleration", type=float, default=4.0, help="columns of k-space over measured ones (default: 4)")
+    largest = "largest sinogram value" if name == "ct" else "largest magnitude"
+    add("--noise", type=float, default=0.01, help=f"standard deviation over the {largest} (default: %(default)s)")
+    add("--ridge", type=float, default=1e-4, help="ridge over ||A||^2 (default: %(default)s)")
+    add("--slices", type=int, nargs=3, default=(4, 2, 6), metavar="N", help="train, validation, test (default: 4 2 6)")
+    add("--train", type=int, default=0, metavar="STEPS", help="train all parameters, too, with so many steps")
+    add("--seed", type=int, default=0, help="of noise and mask (default: %(default)s)")
+    add("--device", default="cpu", help="where to compute (default: %(default)s)")
+    add("--figure", type=Path, metavar="PATH", help="also write the picture of reconstructions here")
+    add("--markdown", type=Path, metavar="RECORD", help="compute nothing: print a saved record as Markdown")
+
+
+def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
+    """Arguments of run(): files and folders are read here."""
+    kind = parsed.experiment
+    own = {"views": parsed.views} if kind == "ct" else {"acceleration": parsed.acceleration}
+    return {
+        "problem": experiment.Problem(kind, noise=parsed.noise, ridge=parsed.ridge, seed=parsed.seed, **own),
+        "stack": experiment.load_stack(parsed.images, parsed.size, square=kind == "ct"),
+        "regularizers": load_files(parsed),
+        "slices": tuple(parsed.slices),
+        "train": parsed.train,
+        "progress": True,
+        "device": parsed.device,
+    }
+
+
+def load_files(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The regularizers by their short names."""
+    from bilevel_imaging import load_regularizer
+
+    names = distinct_names(parsed.regularizer)
+    return {name: load_regularizer(path, parsed.device) for name, path in zip(names, parsed.regularizer, strict=True)}
+
+
+def denoising_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
+    """Arguments of run(): files and folders are read here."""
+    sizes = {"crop": parsed.crop, "max_images": parsed.max_images}
+    images = experiment.load_images(parsed.images, **sizes)
+    tuning = experiment.load_images(parsed.tuning_images, part="train", **sizes)
+    return {
+        "regularizers": load_files(parsed),
+        "images": images,
+        "sigmas": [255 * noise for noise in parsed.noise] if parsed.noise else parsed.sigma or [25.0],
+        "seed": parsed.seed,
+        "tuning": tuning,
+        "tune": parsed.tune,
+        "tv": parsed.tv or None,
+        "progress": True,
+        "device": parsed.device,
+    }
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Short names: of the run folder for a regularizer.safetensors, else of the file; numbered where they are equal."""
+    names = [p.resolve().parent.name if p.name == "regularizer.safetensors" else p.stem for p in paths]
+    count, seen = Counter(names), Counter[str]()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = f"{name} ({seen[name]})" if count[name] > 1 else name
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one experiment, print its table and the names of the files written; returns the exit code."""
+    command = parser()
+    parsed = command.parse_args(arguments)
     experiment = importlib.import_module(EXPERIMENTS[parsed.experiment])
-    record = experiment.run()
+    try:
+        if getattr(parsed, "markdown", None):
+            return rewrite(experiment, parsed.markdown, parsed.output)
+        record = experiment.run(**options(parsed, experiment))
+    except (ValueError, OSError) as error:
+        if parsed.experiment not in WITH_FILES:
+            raise  # no mistake of the user: there is nothing to get wrong
+        command.exit(2, f"error: {error}\n")
     print(experiment.table(record))
+    folder = parsed.output or Path("runs", "reproduce", parsed.experiment)
+    write(experiment, record, folder, parsed.json, getattr(parsed, "figure", None))
+    return 0 if record.get("complete", True) else 130
+
+
+def options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
+    """Arguments of run() from the command line."""
+    if parsed.experiment == "denoising":
+        return denoising_options(parsed, experiment)
+    return medical_options(parsed, experiment) if parsed.experiment in MEDICAL else {}
+
+
+def rewrite(experiment: Any, path: Path, folder: Path | None) -> int:
+    """The Markdown table of a saved record and, with a folder, its figure."""
+    record = json.loads(path.read_text())
+    print(experiment.markdown(record))
+    if folder is not None:
+        from bilevel_imaging.training.figures import save_figure
+
+        save_figure(experiment.figure(record), folder / "figure.png")
+    return 0
+
+
+def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | None, picture: Path | None) -> None:
+    """Figures, record, and what was learned; ``picture`` is a further place for the last figure."""
+    from bilevel_imaging.training.figures import save_figure
+
     several = hasattr(experiment, "figures")
     figures = experiment.figures(record) if several else {"figure": experiment.figure(record)}
     written = [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    if picture is not None:
+        written.append(save_figure(list(figures.values())[-1], picture))
     text = json.dumps(record, indent=2) + "\n"
-    for path in filter(None, [folder / "record.json", parsed.json]):
+    for path in filter(None, [folder / "record.json", copy]):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         written.append(path)
+    written += save_learned(record, folder)
     print("\nwritten:", *written, sep="\n  ")
 
 
+def save_learned(record: dict[str, Any], folder: Path) -> list[Path]:
+    """Regularizers that an experiment has learned, each as a file."""
+    from bilevel_imaging import save_regularizer
+
+    written = []
+    for name, regularizer in getattr(record, "learned", {}).items():
+        problem = record["settings"]["problem"]
+        path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
+        written.append(save_regularizer(path, regularizer, ridge=problem["ridge"], extra={"problem": problem}))
+    return written
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -19,8 +19,9 @@ from PIL import Image
 from bilevel_imaging.cli import evaluate_main, read_config, train_main
 from bilevel_imaging.config import ProblemConfig, RunConfig, UpperConfig
 from bilevel_imaging.export import load_regularizer, reconstruct
-from bilevel_imaging.training import read_metrics
-from bilevel_imaging.training.evaluation import Validator, evaluate, grid_search
+from bilevel_imaging.training import load_latest, read_metrics
+from bilevel_imaging.training.evaluation import evaluate, grid_search
+from bilevel_imaging.training.validation import Validator
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -127,8 +128,16 @@ def assert_same_parameters(a: Path, b: Path) -> None:
         assert tensor.numpy().tobytes() == states[1][name].numpy().tobytes(), name
 
 
-def test_resume_after_sigkill_is_bit_for_bit(tmp_path):
-    options = [*TINY, "--upper.method=adam", "--upper.minibatch=1", "--upper.max_steps=80", "--logging.evaluate=false"]
+EVERYTHING = (
+    "--data.random_patches=true --problem.sigma_range=[0.05,0.15] --upper.schedule=cosine --upper.warmup=5 "
+    "--upper.clip=2 --upper.average=0.8"
+).split()
+
+
+@pytest.mark.parametrize("more", [[], EVERYTHING], ids=["fixed patches", "random patches"])
+def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
+    minibatches = ["--upper.method=adam", "--upper.minibatch=1", "--upper.max_steps=80"]
+    options = [*TINY, *minibatches, "--logging.evaluate=false", *more]
     killed = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--output={killed}", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -162,6 +171,19 @@ def test_resume_after_sigkill_is_bit_for_bit(tmp_path):
         ("--upper.method=foo", "upper.method: expected one of maid, adam"),
         ("--upper.lr=0.1", "upper.lr: maid does not take it"),
         ("--upper.minibatch=2", "upper.minibatch"),
+        ("--upper.method=adam --upper.schedule=step", "upper.schedule: expected one of constant, cosine. Got 'step'"),
+        ("--upper.schedule=cosine", "upper.schedule: maid does not take it"),
+        ("--upper.average=1.5", "upper.average: expected a number in [0, 1]. Got 1.5"),
+        ("--upper.clip=0.5", "upper.clip: expected a finite number >= 1. Got 0.5"),
+        ("--upper.warmup=-1", "upper.warmup: expected an integer >= 0"),
+        ('--upper.method=adam --upper.lr_scale={"weight":-1}', "upper.lr_scale: weight: expected a finite number > 0"),
+        ('--upper.method=adam --upper.lr_scale={"bias":1}', "no parameter has 'bias' in its name"),
+        ("--data.random_patches=true", "data.random_patches: maid compares losses of all images"),
+        ("--data.random_patches=true --upper.method=adam", "data.random_patches: expected upper.minibatch"),
+        ("--data.warm_starts=tape", "data.warm_starts: expected one of memory, disk, none. Got 'tape'"),
+        ("--data.warm_starts=disk", "data.warm_starts: expected memory unless fixed patches come in minibatches"),
+        ("--problem.sigma_range=[0.2,0.1]", "problem.sigma_range: expected finite numbers 0 <= low <= high"),
+        ("--logging.validate_images=-1", "logging.validate_images: expected an integer >= 0"),
         ("--lower.solver=foo", "lower.solver: expected one of"),
         ("--regularizer.kind=tikhonov --regularizer.isotropic=false", "regularizer.isotropic: tikhonov"),
         ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),
@@ -183,6 +205,65 @@ def test_mistakes_with_an_existing_run(run, capsys, tmp_path):
     assert "stays in its folder" in fails(capsys, f"--resume={run}", f"--output={tmp_path}")
     assert "no config.yaml" in fails(capsys, str(tmp_path), command=evaluate_main)
     assert "no images found" in fails(capsys, str(run), f"--data={tmp_path}", command=evaluate_main)
+
+
+def test_random_patches_from_end_to_end(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--upper.method=adam", "--upper.minibatch=3", "--upper.max_steps=4", "--logging.validate_images=1"]
+    assert train_main([f"--output={folder}", *TINY, *options, *EVERYTHING]) == 0
+    assert "last minibatch)" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["loss_images"] == "last minibatch" and summary["psnr"]["learned"] > summary["psnr"]["measurement"]
+    state = load_latest(folder / "checkpoints")[0]
+    assert state["objective"] == {"taken": 4}
+    learned = load_regularizer(folder / "regularizer.safetensors").state_dict()
+    average = state["method"]["state"]["average"]
+    assert average["count"] == 3
+    for name, tensor in learned.items():
+        assert torch.equal(tensor, average["mean"][f"regularizer.{name}"])
+        assert not torch.equal(tensor, state["theta"][f"regularizer.{name}"])
+    assert evaluate_main([str(folder)]) == 0
+
+
+def test_baseline_is_chosen_on_few_patches_from_everywhere_with_the_noise_of_tests(tmp_path):
+    from bilevel_imaging import assembly
+    from bilevel_imaging.config import DataConfig
+
+    data = DataConfig(patch_size=16, patches_per_image=50, random_patches=True)
+    problem, upper = ProblemConfig(sigma=0.2, sigma_range=(0.0, 0.01)), UpperConfig("adam", minibatch=2)
+    config = RunConfig(data=data, problem=problem, upper=upper)
+    pairs = assembly.training_pairs(config, "baseline")
+    assert 32 <= len(pairs) <= assembly.BASELINE_PATCHES and set(pairs.noise_levels) == {0.2}
+    photographs_seen = {name.split("[")[0] for name in pairs.names}
+    assert photographs_seen == {name for name, _ in assembly.load_images(config, "train")}
+    options = [*TINY, "--upper.max_steps=0", "--logging.evaluate=false"]
+    assert train_main([f"--output={tmp_path / 'run'}", *options]) == 0
+    assert not (tmp_path / "run" / "grid_search.json").exists()
+
+
+def test_validation_may_look_at_a_few_images(tmp_path):
+    from bilevel_imaging import assembly
+    from bilevel_imaging.config import DataConfig, LoggingConfig
+    from bilevel_imaging.training_run import make_trainer
+
+    data = DataConfig(patch_size=24, patches_per_image=1, max_images=3, eval_size=32)
+    for count, expected in ((0, 2), (1, 1)):
+        config = RunConfig(data=data, logging=LoggingConfig(validate_images=count)).resolved()
+        objective = assembly.make_objective(config, assembly.make_energy(config), assembly.training_pairs(config))
+        shown = make_trainer(config, tmp_path, objective).log_images()
+        assert shown["gt"].shape == (expected, 1, 32, 32) and shown["gt"].dtype == torch.float32
+
+
+def test_warm_starts_on_the_disk(tmp_path):
+    options = ["--upper.method=adam", "--upper.minibatch=1", "--logging.evaluate=false"]
+    for kind, steps in (("memory", (4,)), ("disk", (2, 4))):
+        folder = tmp_path / kind
+        for count in steps:
+            start = f"--output={folder}" if count == steps[0] else f"--resume={folder}"
+            more = [*TINY, *options, f"--data.warm_starts={kind}"] if count == steps[0] else []
+            assert train_main([start, *more, f"--upper.max_steps={count}"]) == 0
+    assert_same_parameters(tmp_path / "memory", tmp_path / "disk")
+    assert (tmp_path / "disk" / "warm_starts" / "x.bin").stat().st_size == 2 * 24 * 24 * 4
 
 
 def test_damaged_runs(capsys, tmp_path):
@@ -210,7 +291,7 @@ def test_shipped_configurations_run(path, tmp_path):
 
 def test_default_is_the_denoising_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text((ROOT / "scripts/configs/tv_denoise.yaml").read_text())
-    assert read_config(tmp_path).differences(RunConfig()) == []
+    assert read_config(tmp_path).resolved().differences(RunConfig().resolved()) == []
 
 
 def test_configuration_round_trip_and_differences():
@@ -243,4 +324,5 @@ def test_grid_search_finds_the_minimum_on_the_training_images():
     values = validator.validate()
     assert values["psnr"] > values["psnr_noisy"] and validator.images()["gt"].shape == (2, 1, 48, 48)
     evaluation = evaluate({"learned": energy}, validator.pairs)
-    assert evaluation.mean("psnr")["learned"] == pytest.approx(values["psnr"], abs=0.01)
+    # a validation is accurate to 1e-3 per pixel, with errors of 0.03 per pixel in the images
+    assert evaluation.mean("psnr")["learned"] == pytest.approx(values["psnr"], abs=0.03)

@@ -25,6 +25,7 @@ from bilevel_imaging.data import (
     Degradation,
     ImageFolder,
     ImagePairs,
+    RandomPatches,
     Split,
     center_crop,
     extract_patches,
@@ -625,6 +626,116 @@ def test_pairs_refuse_bad_data() -> None:
     assert "as many" in error_of(ImagePairs, ["a"], [good], [], make)
     assert "b: " in error_of(ImagePairs, ["a", "b"], [good, good.double()], [good, good], make)
     assert "float" in error_of(ImagePairs, ["a"], [good.byte()], [good], make)
+
+
+# ---------------------------------------------------------------------------------------------- noise levels
+
+
+def test_noise_levels_are_uniform_and_belong_to_their_images() -> None:
+    degradation = Degradation(sigma=0.5, sigma_range=(0.1, 0.3), seed=2)
+    levels = torch.tensor([degradation.noise_level(i) for i in range(2000)], dtype=torch.float64)
+    assert levels.min() >= 0.1 and levels.max() <= 0.3
+    assert abs(levels.mean() - 0.2) < 0.005 and abs(levels.std() - 0.2 / 12**0.5) < 0.003
+    x = torch.zeros(1, 100, 100, dtype=torch.float64)
+    for index in range(3):
+        assert abs(degradation.measure(x, index).std() / levels[index] - 1) < 0.03
+    assert Degradation(sigma=0.5).noise_level(7) == 0.5
+    for wrong in ((0.3, 0.1), (-0.1, 0.2), (0.0, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="sigma_range"):
+            Degradation(sigma_range=wrong)
+
+
+def test_batches_know_their_noise_levels() -> None:
+    degradation = Degradation(sigma_range=(0.1, 0.3))
+    pairs = ImagePairs.build({f"i{k}": torch.rand(1, 8, 8) for k in range(5)}, degradation, torch.float32)
+    expected = torch.tensor([degradation.noise_level(k) for k in range(5)])
+    batch = pairs.subset([4, 1, 3]).batch([0, 2])
+    assert batch.noise_level.dtype == torch.float32 and torch.equal(batch.noise_level, expected[[4, 3]])
+    assert torch.equal(next(make_pairs().batches()).noise_level, torch.full((3,), 0.1, dtype=torch.float64))
+    unknown = ImagePairs(pairs.names, pairs.x, pairs.y, pairs.make_physics)
+    assert unknown.batch([0]).noise_level is None and unknown.subset([1]).batch([0]).noise_level is None
+    assert "noise levels" in error_of(
+        ImagePairs, pairs.names, pairs.x, pairs.y, pairs.make_physics, noise_levels=[0.1, 0.2]
+    )
+    for whole in (next(pairs.batches()), next(unknown.batches())):
+        parts = whole.split(2)
+        assert [len(p.x) for p in parts] == [2, 2, 1] and all(p.physics is whole.physics for p in parts)
+        assert torch.cat([p.indices for p in parts]).tolist() == [0, 1, 2, 3, 4]
+        for name in ("x", "y"):
+            assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name))
+        assert [p.noise_level is None for p in parts] == [whole.noise_level is None] * 3
+
+
+# ---------------------------------------------------------------------------------------------- random patches
+
+
+PATCHED = (("a", (30, 20)), ("b", (12, 40)), ("c", (9, 9)))
+
+
+def random_patches(kind: str = "denoising", seed: int = 0, **options: object) -> RandomPatches:
+    generator = torch.Generator().manual_seed(0)
+    images = [(name, torch.rand(1, *shape, generator=generator)) for name, shape in PATCHED]
+    degradation = Degradation(kind, sigma_range=(0.05, 0.15), blur_size=5, seed=seed)
+    return RandomPatches(images, degradation, 9, 6, seed=seed, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_patches_are_a_function_of_seed_and_step(kind: str) -> None:
+    source, other = random_patches(kind), random_patches(kind)
+    expected = {step: source.batch(step) for step in (0, 1, 7)}
+    torch.rand(5)
+    for step in (7, 3, 0, 1):  # in any order, whatever was asked for before
+        batch = other.batch(step)
+        if step in expected:
+            for name in ("indices", "x", "y", "noise_level"):
+                assert torch.equal(getattr(batch, name), getattr(expected[step], name)), name
+    assert not torch.equal(expected[0].x, expected[1].x)
+    assert not torch.equal(expected[0].x, random_patches(kind, seed=1).batch(0).x)
+    assert expected[7].indices.tolist() == list(range(42, 48))
+    single = random_patches(kind, dtype=torch.float32).batch(7)
+    assert single.x.dtype == single.y.dtype == single.noise_level.dtype == torch.float32
+    assert torch.equal(single.y, expected[7].y.float()) and torch.equal(single.x.double(), expected[7].x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_patches_are_measured_by_the_degradation(kind: str) -> None:
+    source = random_patches(kind)
+    batch = source.batch(4)
+    assert torch.equal(batch.y, source.degradation.measure(batch.x, batch.indices))
+    assert batch.noise_level.tolist() == [source.degradation.noise_level(i) for i in batch.indices.tolist()]
+    assert batch.physics.A(batch.x).shape == batch.y.shape
+
+
+def test_random_patches_are_turned_and_flipped_crops_of_all_images_and_places() -> None:
+    source = random_patches()
+    crops: dict[bytes, tuple[str, int, int, int]] = {}
+    for name, image in zip(source.names, source.x, strict=True):
+        for top in range(image.shape[1] - 8):
+            for left in range(image.shape[2] - 8):
+                crop = image[:, top : top + 9, left : left + 9]
+                for k in range(8):
+                    turned = crop.rot90(k % 4, (1, 2)).flip(-1) if k >= 4 else crop.rot90(k, (1, 2))
+                    crops[turned.contiguous().numpy().tobytes()] = (name, top, left, k)
+    found = [crops[x.float().contiguous().numpy().tobytes()] for step in range(200) for x in source.batch(step).x]
+    counts = {name: sum(f[0] == name for f in found) for name in source.names}
+    assert all(abs(count - 400) < 80 for count in counts.values()), counts  # 5 standard deviations of 16
+    assert all(abs(sum(f[3] == k for f in found) - 150) < 60 for k in range(8))
+    assert len({f[1:3] for f in found if f[0] == "a"}) > 180  # of 264 places in 400 draws, 206 on average
+    assert len({f[1:3] for f in found if f[0] == "b"}) > 110  # of 128 places, 122 on average
+
+
+def test_random_patches_hold_images_once_and_refuse_bad_ones() -> None:
+    source = random_patches()
+    assert all(x.dtype == torch.float32 for x in source.x)
+    good = torch.rand(1, 12, 12)
+    assert "b: the image is too small" in error_of(RandomPatches, {"a": good, "b": good[:, :8]}, Degradation(), 9, 2)
+    assert "b: expected 1 channels" in error_of(
+        RandomPatches, {"a": good, "b": good.expand(3, 12, 12)}, Degradation(), 9, 2
+    )
+    assert "empty" in error_of(RandomPatches, {}, Degradation(), 9, 2)
+    for size, count in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="size >= 1 and count >= 1"):
+            RandomPatches({"a": good}, Degradation(), size, count)
 
 
 # ---------------------------------------------------------------------------------------------- splits

@@ -175,9 +175,9 @@ def test_trial_points_are_used_where_they_belong_only():
     a, b = tried.value(1e-3), plain.value(1e-3)
     assert (a.value, a.lower, a.upper, a.cost.work) == (b.value, b.lower, b.upper, b.cost.work)
     assign(tried.theta, theta + 3)  # what another value has replaced is not used either
-    assert not torch.equal(tried._start(tried._chunks[0]), torch.stack(list(at_trial.values())))
+    assert not torch.equal(tried._start(tried._bound[0]), torch.stack(list(at_trial.values())))
     tried.value(1e-6)  # accepted: the next hypergradient goes on from here
-    assert torch.equal(tried._start(tried._chunks[0]), torch.stack(list(tried._trial_x.values())))
+    assert torch.equal(tried._start(tried._bound[0]), torch.stack(list(tried._trial_x.values())))
     assign(plain.theta, theta + 3)
     accuracy = {"error_tol": 1e-6, "residual_tol": 1e-6}
     assert tried.hypergradient(**accuracy).cost.gradients < plain.hypergradient(**accuracy).cost.gradients
@@ -226,7 +226,7 @@ def test_state_of_other_images_is_refused():
             make(other).load_state_dict(state)
     same = make(two_shapes())
     same.load_state_dict(state)
-    assert bits(dict(enumerate(same._x.values()))) == bits(dict(enumerate(objective._x.values())))
+    assert bits(dict(enumerate(same.warm.x.values()))) == bits(dict(enumerate(objective.warm.x.values())))
     with pytest.raises(ValueError, match="Expected a state"):
         same.load_state_dict({name: value for name, value in state.items() if name != "q"})
 

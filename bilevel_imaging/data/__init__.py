@@ -5,6 +5,7 @@ from bilevel_imaging.data.folders import ImageFolder, list_images, load_folder
 from bilevel_imaging.data.pairs import Batch, ImagePairs
 from bilevel_imaging.data.patches import center_crop, extract_patches
 from bilevel_imaging.data.photographs import COLOR_PHOTOGRAPHS, PHOTOGRAPH_SPLIT, photographs
+from bilevel_imaging.data.random_patches import RandomPatches
 from bilevel_imaging.data.reading import EXTENSIONS, luminance, read_image
 from bilevel_imaging.data.splits import Split, keyed_generator, split_names
 
@@ -16,6 +17,7 @@ __all__ = [
     "Degradation",
     "ImageFolder",
     "ImagePairs",
+    "RandomPatches",
     "Split",
     "center_crop",
     "extract_patches",

@@ -35,6 +35,7 @@ class Degradation:
         blur_std: standard deviation of the blur kernel, pixels.
         kept_fraction: part of the pixels that inpainting keeps; 0.7 loses 30 %. All channels of a pixel go together.
         seed: of noise and mask.
+        sigma_range: (low, high): every image has a noise level of its own, uniform between them, instead of ``sigma``.
 
     Raises:
         ValueError: unknown kind or a number out of range.
@@ -46,12 +47,15 @@ class Degradation:
     blur_std: float = 1.5
     kept_fraction: float = 0.7
     seed: int = 0
+    sigma_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Expected kind as one of {', '.join(KINDS)}. Got {self.kind!r}.")
         if not 0 <= self.sigma < float("inf"):
             raise ValueError(f"Expected sigma >= 0 and finite. Got {self.sigma}.")
+        if self.sigma_range is not None and not 0 <= self.sigma_range[0] <= self.sigma_range[1] < float("inf"):
+            raise ValueError(f"Expected sigma_range with 0 <= low <= high, finite. Got {self.sigma_range}.")
         if self.blur_size < 1 or self.blur_size % 2 == 0:
             raise ValueError(f"Expected blur_size odd and >= 1, so that the kernel has a center. Got {self.blur_size}.")
         if not 0 < self.blur_std < float("inf"):
@@ -96,10 +100,18 @@ class Degradation:
         mask[order[:kept]] = True
         return mask.view(height, width)
 
+    def noise_level(self, index: int) -> float:
+        """Standard deviation of the noise of image ``index``, by (seed, index) alone."""
+        if self.sigma_range is None:
+            return self.sigma
+        low, high = self.sigma_range
+        generator = keyed_generator("noise level", self.seed, int(index))
+        return low + (high - low) * float(torch.rand((), dtype=torch.float64, generator=generator))
+
     def noise(self, shape: Sequence[int], index: int) -> Tensor:
         """Noise of image ``index``: ``shape`` of one measurement, float64, CPU, by (seed, index, shape) alone."""
         shape = tuple(int(n) for n in shape)
-        return self.sigma * torch.randn(
+        return self.noise_level(index) * torch.randn(
             shape, dtype=torch.float64, generator=keyed_generator("noise", self.seed, int(index), shape)
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +29,20 @@ class Batch:
         x: clean images, ``(B, C, H, W)``.
         y: measurements, ``(B, *measurement)``.
         physics: the operator, shared by all batches of the shape: do not change it.
+        noise_level: standard deviation of the noise of every measurement, ``(B,)`` like x; ``None`` if not known.
     """
 
     indices: Tensor
     x: Tensor
     y: Tensor
     physics: LinearPhysics
+    noise_level: Tensor | None = None
+
+    def split(self, size: int) -> list[Batch]:
+        """The same pairs in order, at most ``size`` at a time."""
+        levels = itertools.repeat(None) if self.noise_level is None else self.noise_level.split(size)
+        parts = (tensor.split(size) for tensor in (self.indices, self.x, self.y))
+        return [Batch(i, x, y, self.physics, level) for i, x, y, level in zip(*parts, levels, strict=False)]
 
 
 @dataclass(eq=False)
@@ -49,6 +58,7 @@ class ImagePairs:
         make_physics: from the shape ``(C, H, W)`` to the operator, in the dtype and on the device of the data; called
             once per shape.
         indices: one per pair, its position in the set first built: :meth:`subset` keeps it.
+        noise_levels: standard deviation of the noise, one per pair; empty if not known.
 
     Raises:
         DataError: no pairs, lists of different lengths, a name twice, or data that is not finite, not floating-point,
@@ -60,6 +70,7 @@ class ImagePairs:
     y: list[Tensor]
     make_physics: Callable[[Shape], LinearPhysics] = field(repr=False)
     indices: list[int] = field(default_factory=list)
+    noise_levels: list[float] = field(default_factory=list)
     _physics: dict[Shape, LinearPhysics] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +109,9 @@ class ImagePairs:
             names.append(name)
             x.append(clean.to(device, dtype))
             y.append(degradation.measure(clean, index, exact[shape]).to(device, dtype))
-        return cls(names, x, y, partial(degradation.physics, dtype=dtype, device=device))
+        levels = [degradation.noise_level(index) for index in range(len(names))]
+        physics = partial(degradation.physics, dtype=dtype, device=device)
+        return cls(names, x, y, physics, noise_levels=levels)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -124,6 +137,7 @@ class ImagePairs:
         part.x = [self.x[i] for i in chosen]
         part.y = [self.y[i] for i in chosen]
         part.indices = [self.indices[i] for i in chosen]
+        part.noise_levels = [self.noise_levels[i] for i in chosen] if self.noise_levels else []
         return part
 
     def batch(self, positions: Sequence[int] | Tensor) -> Batch:
@@ -136,11 +150,13 @@ class ImagePairs:
         shapes = {_shapes(self.x[i], self.y[i])[0] for i in chosen}
         if len(shapes) != 1:
             raise ValueError(f"Expected positions of images of one shape. Got shapes {sorted(shapes)}.")
+        x = torch.stack([self.x[i] for i in chosen])
         return Batch(
             torch.tensor([self.indices[i] for i in chosen], dtype=torch.int64),
-            torch.stack([self.x[i] for i in chosen]),
+            x,
             torch.stack([self.y[i] for i in chosen]),
             self.physics(shapes.pop()),
+            x.new_tensor([self.noise_levels[i] for i in chosen]) if self.noise_levels else None,
         )
 
     def order(self, batch_size: int | None = None, generator: torch.Generator | None = None) -> list[list[int]]:
@@ -187,11 +203,11 @@ def _shapes(x: Tensor, y: Tensor) -> tuple[Shape, Shape]:
 
 
 def _check(pairs: ImagePairs) -> None:
-    counts = [len(pairs.names), len(pairs.x), len(pairs.y), len(pairs.indices)]
+    counts = [len(values) for values in (pairs.names, pairs.x, pairs.y, pairs.indices, pairs.noise_levels)]
     if not pairs.names:
         raise DataError("Expected at least one image. Got none: the list of images is empty.")
-    if len(set(counts)) != 1:
-        raise DataError(f"Expected as many names, x, y and indices as images. Got {counts}.")
+    if len(set(counts[:4])) != 1 or counts[4] not in (0, counts[0]):
+        raise DataError(f"Expected as many names, x, y, indices and noise levels as images. Got {counts}.")
     seen: set[str] = set()
     dtype, device = pairs.x[0].dtype, pairs.x[0].device
     for name, x, y in zip(pairs.names, pairs.x, pairs.y, strict=True):

@@ -5,6 +5,7 @@ from bilevel_imaging.training.figures import reconstruction_figure, save_figure,
 from bilevel_imaging.training.metrics_log import MetricsLog, read_metrics
 from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.progress import Progress
+from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.result import TrainingResult
 from bilevel_imaging.training.state import TrainableObjective
 from bilevel_imaging.training.tensorboard import TensorBoardLogger
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointStore",
     "MetricsLog",
     "Progress",
+    "RandomPatchObjective",
     "TensorBoardLogger",
     "TrainableObjective",
     "Trainer",

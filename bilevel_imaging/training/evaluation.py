@@ -15,6 +15,7 @@ from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
+from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.reconstruction import minimize
 
 MEASUREMENT, LEARNED, GRID_SEARCH = "measurement", "learned", "grid_search"
@@ -65,53 +66,10 @@ def reconstruct_pairs(
         indices = batch.indices.tolist()
         warm = starts is not None and all(i in starts for i in indices)
         x0 = torch.stack([starts[i] for i in indices]) if warm and starts is not None else None
-        x, info = minimize(energy.bind(batch.y, batch.physics), x0, error_tol, solver)
+        x, info = minimize(bind_batch(energy, batch), x0, error_tol, solver)
         points.update(zip(indices, x.unbind(0), strict=True))
         distances.update(zip(indices, info.distance_bound.tolist(), strict=True))
     return points, distances
-
-
-@dataclass
-class Validator:
-    """PSNR and SSIM on validation images, for ``Trainer(validate=v.validate, log_images=v.images)``.
-
-    Keeps warm starts of its own, so that looking changes neither the training nor the numbers it gives by more than
-    the accuracy 1e-4 per pixel.
-
-    Attributes:
-        energy: the energy that is trained.
-        pairs: validation images.
-        solver: lower-level solver, ``None`` for Newton-CG.
-        max_images: how many pictures are shown.
-    """
-
-    energy: VariationalEnergy
-    pairs: ImagePairs
-    solver: LowerSolver | None = None
-    max_images: int = 4
-    _points: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    _measured: dict[str, float] = field(default_factory=dict, repr=False)
-
-    def validate(self) -> dict[str, float]:
-        """Means over the images: ``psnr``, ``ssim``, and ``psnr_noisy`` of the measurements."""
-        self._update()
-        if not self._measured:
-            scores = _scores(self.pairs, dict(zip(self.pairs.indices, self.pairs.y, strict=True)))
-            self._measured = {"psnr_noisy": _mean(scores["psnr"])}
-        scores = _scores(self.pairs, self._points)
-        return {name: _mean(scores[name]) for name in METRICS} | self._measured
-
-    def images(self) -> dict[str, Tensor]:
-        """Pictures of the first images of one shape; call :meth:`validate` before for those of the current theta."""
-        if not self._points:
-            self._update()
-        positions = self.pairs.order(self.max_images)[0]
-        batch = self.pairs.batch(positions)
-        shown = torch.stack([self._points[i] for i in batch.indices.tolist()])
-        return {"gt": batch.x, "measurement": batch.y, "reconstruction": shown}
-
-    def _update(self) -> None:
-        self._points, _ = reconstruct_pairs(self.energy, self.pairs, solver=self.solver, starts=self._points)
 
 
 def _scores(pairs: ImagePairs, images: Mapping[int, Tensor]) -> dict[str, list[float]]:

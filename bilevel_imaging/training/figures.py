@@ -166,6 +166,17 @@ def _finish(axis: Axes, label: str, *, log: bool) -> None:
     axis.legend(fontsize=8)
 
 
+def rendered(figure: Figure, dpi: int = 100) -> Tensor:
+    """A figure as a picture ``(3, H, W)``, float32 in [0, 1]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.array(canvas.buffer_rgba())[..., :3]
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32) / 255
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a PNG in one piece.
 

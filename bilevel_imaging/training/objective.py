@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,27 +11,18 @@ from torch import Tensor
 
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.data import ImagePairs
-from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
-from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient, loss_interval
-from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
-from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
-from bilevel_imaging.upper_level import CertifiedValue, SquaredError
+from bilevel_imaging.derivatives import Constants
+from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.hypergradients import Hypergradient, loss_interval
+from bilevel_imaging.linear_solvers import LinearSolver
+from bilevel_imaging.lower_solvers import LowerSolver
+from bilevel_imaging.training.mean import Chunk, MeanObjective
+from bilevel_imaging.training.warm_starts import WarmStarts
+from bilevel_imaging.upper_level import CertifiedValue
 from bilevel_imaging.upper_level.quasi_newton import flatten
 
-# images solved together at most, so that memory does not grow with the data set
-DEFAULT_BATCH = 64
-# passes over the batches until the bound of the mean meets the relative accuracy asked for
-MAX_PASSES = 4
 
-
-@dataclass(frozen=True)
-class _Chunk:
-    indices: tuple[int, ...]
-    problem: LowerLevelProblem
-    x_true: Tensor
-
-
-class BilevelObjective:
+class BilevelObjective(MeanObjective):
     """F(theta) = mean over pairs of loss(x_i*(theta), x_i), with lower-level and adjoint warm starts kept per image.
 
     Args:
@@ -45,6 +35,7 @@ class BilevelObjective:
         minibatch: if given, every ``hypergradient`` takes the next minibatch of this size in a shuffled order.
         generator: order of the minibatches, on the CPU; required with ``minibatch``.
         certificate: passed to :func:`bilevel_imaging.hypergradient`.
+        warm: where warm starts are kept; ``None`` for memory, with minibatches that of the CPU.
 
     Raises:
         ValueError: from binding the energy (not strongly convex, wrong data), or a minibatch without a generator.
@@ -62,43 +53,38 @@ class BilevelObjective:
         minibatch: int | None = None,
         generator: torch.Generator | None = None,
         certificate: str = "auto",
+        warm: WarmStarts | None = None,
     ):
         if minibatch is not None and generator is None:
             raise ValueError("Expected a torch.Generator for the order of the minibatches. Got None.")
-        self.energy, self.pairs = energy, pairs
-        self.theta: dict[str, Tensor] = energy.theta
-        self.loss = SquaredError() if loss is None else loss
-        self.lower, self.linear = lower or NewtonCG(), linear or ConjugateGradient()
-        self.batch_size = DEFAULT_BATCH if batch_size is None else batch_size
-        self.minibatch, self.generator = minibatch, generator
-        self.certificate = certificate
-        self._chunks = [self._bind(positions) for positions in pairs.order(self.batch_size)]
+        if warm is None:
+            warm = WarmStarts(None if minibatch is None else "cpu")
+        options = {"lower": lower, "linear": linear, "batch_size": batch_size, "certificate": certificate}
+        super().__init__(energy, loss, warm=warm, **options)
+        self.pairs, self.minibatch, self.generator = pairs, minibatch, generator
+        self._order = pairs.order(self.batch_size)
+        # With minibatches all pairs are needed for a value only: stacking them for good would double the memory.
+        self._bound = [self._bind(positions) for positions in (self._order if minibatch is None else self._order[:1])]
         self._queue: list[list[int]] = []
-        # per image: lower-level point and adjoint of the last hypergradient; points of the last value, at its theta
-        self._x: dict[int, Tensor] = {}
-        self._q: dict[int, Tensor] = {}
+        # points of the last value, at its theta
         self._trial_x: dict[int, Tensor] = {}
         self._trial_theta: Tensor | None = None
 
-    def _bind(self, positions: list[int]) -> _Chunk:
-        batch = self.pairs.batch(positions)
-        return _Chunk(tuple(batch.indices.tolist()), self.energy.bind(batch.y, batch.physics), batch.x)
+    def _bind(self, positions: list[int]) -> Chunk:
+        return self._chunk(self.pairs.batch(positions))
 
-    def _start(self, chunk: _Chunk) -> Tensor | None:
+    def _all_chunks(self) -> Iterator[Chunk]:
+        return iter(self._bound) if self.minibatch is None else map(self._bind, self._order)
+
+    def _start(self, chunk: Chunk) -> Tensor | None:
         """Where to start x: from the last value if theta has not moved since, else from the last hypergradient."""
         same = self._trial_theta is not None and torch.equal(self._trial_theta, flatten(self.theta))
-        for store in (self._trial_x, self._x) if same else (self._x,):
-            if all(i in store for i in chunk.indices):
-                return torch.stack([store[i] for i in chunk.indices])
-        if not any(i in self._x for i in chunk.indices):
-            return None
-        cold = chunk.problem.initial()
-        return torch.stack([self._x.get(i, c) for i, c in zip(chunk.indices, cold, strict=True)])
+        if same and all(i in self._trial_x for i in chunk.indices):
+            return torch.stack([self._trial_x[i] for i in chunk.indices])
+        return super()._start(chunk)
 
-    def _adjoints(self, chunk: _Chunk) -> Tensor | None:
-        if not all(i in self._q for i in chunk.indices):
-            return None
-        return torch.stack([self._q[i] for i in chunk.indices])
+    def constants(self) -> Constants:
+        return self._bind(self._order[0][:1]).problem.constants()
 
     def value(self, error_tol: float) -> CertifiedValue:
         """Certified interval of F over all pairs at the current theta, lower level solved to ``error_tol``.
@@ -109,7 +95,7 @@ class BilevelObjective:
         started, total = time.perf_counter(), Cost()
         value = lower = upper = 0.0
         points: dict[int, Tensor] = {}
-        for chunk in self._chunks:
+        for chunk in self._all_chunks():
             before = chunk.problem.cost.copy()
             solution = self.lower.solve(chunk.problem, self._start(chunk), error_tol)
             q = self._adjoints(chunk)
@@ -118,73 +104,34 @@ class BilevelObjective:
             value += weight * float(estimates[0].sum())
             lower += weight * float(estimates[1].sum())
             upper += weight * float(estimates[2].sum())
-            points.update(zip(chunk.indices, solution.x.unbind(0), strict=True))
+            if self.minibatch is None:
+                points.update(zip(chunk.indices, solution.x.unbind(0), strict=True))
             total = total + (chunk.problem.cost - before)
         self._trial_x, self._trial_theta = points, flatten(self.theta)
         total = total + Cost(seconds=time.perf_counter() - started)
         return CertifiedValue(value=value, lower=lower, upper=upper, cost=total)
 
-    def hypergradient(
-        self,
-        *,
-        error_tol: float | None = None,
-        residual_tol: float | None = None,
-        relative: float | None = None,
-        bound_tol: float | None = None,
-    ) -> Hypergradient:
-        """Certified hypergradient of F at the current theta: of all pairs, or of the next minibatch.
-
-        With ``relative`` the bound of the *mean* is driven below relative * ||mean||, not only that of every batch.
-        """
-        chunks = self._next_chunks()
-        if relative is None:
-            return average(*self._pass(chunks, error_tol=error_tol, residual_tol=residual_tol, bound_tol=bound_tol))
-        result = average(*self._pass(chunks, relative=relative))
-        for _ in range(MAX_PASSES - 1 if len(chunks) > 1 else 0):
-            if not result.certified or result.bound <= relative * result.norm:
-                break
-            cost = result.cost
-            result = average(*self._pass(chunks, bound_tol=0.9 * relative * result.norm), earlier=cost)
-        if result.certified and result.bound <= relative * result.norm:
-            return replace(result, reason="")  # what single batches fell short of does not matter
+    def _pass(self, chunks: list[Chunk], **accuracy: Any) -> tuple[list[Hypergradient], list[int]]:
+        result = super()._pass(chunks, **accuracy)
+        self._trial_x, self._trial_theta = {}, None
         return result
 
-    def _pass(self, chunks: list[_Chunk], **accuracy: Any) -> tuple[list[Hypergradient], list[int]]:
-        parts = []
-        for chunk in chunks:
-            part = hypergradient(
-                chunk.problem,
-                self.loss,
-                chunk.x_true,
-                lower=self.lower,
-                linear=self.linear,
-                x0=self._start(chunk),
-                q0=self._adjoints(chunk),
-                certificate=self.certificate,
-                **accuracy,
-            )
-            self._x.update(zip(chunk.indices, part.x.unbind(0), strict=True))
-            self._q.update(zip(chunk.indices, part.q.unbind(0), strict=True))
-            parts.append(part)
-        self._trial_x, self._trial_theta = {}, None
-        return parts, [len(chunk.indices) for chunk in chunks]
-
-    def _next_chunks(self) -> list[_Chunk]:
+    def _next_chunks(self) -> list[Chunk]:
         if self.minibatch is None:
-            return self._chunks
+            return self._bound
         if not self._queue:
             self._queue = self.pairs.order(self.minibatch, self.generator)
         return [self._bind(self._queue.pop(0))]
 
     def reconstructions(self) -> Iterator[tuple[int, Tensor]]:
         """(index, last lower-level point) of every image that has one."""
-        yield from sorted(self._x.items())
+        indices = sorted(self.pairs.indices)
+        yield from ((i, x) for i, x in zip(indices, self.warm.points(indices), strict=True) if x is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Warm starts, queue of minibatches and order generator: all that a bit-for-bit continuation needs."""
         return {
-            "x": dict(self._x),
-            "q": dict(self._q),
+            **self.warm.state_dict(),
             "trial_x": dict(self._trial_x),
             "trial_theta": self._trial_theta,
             "queue": [list(positions) for positions in self._queue],
@@ -200,7 +147,7 @@ class BilevelObjective:
         missing = {"x", "q", "trial_x", "trial_theta", "queue", "generator"} - set(state)
         if missing:
             raise ValueError(f"Expected a state of the objective with {sorted(missing)}. Got {sorted(state)}.")
-        shapes = {i: x.shape for chunk in self._chunks for i, x in zip(chunk.indices, chunk.x_true, strict=True)}
+        shapes = {i: x.shape for i, x in zip(self.pairs.indices, self.pairs.x, strict=True)}
         for name in ("x", "q", "trial_x"):
             for index, tensor in state[name].items():
                 if shapes.get(index) != tensor.shape:
@@ -209,9 +156,8 @@ class BilevelObjective:
                         f"{tuple(tensor.shape)}: the data have changed since the checkpoint."
                     )
         device = self.pairs.x[0].device
-        self._x, self._q, self._trial_x = (
-            {i: t.to(device) for i, t in state[name].items()} for name in ("x", "q", "trial_x")
-        )
+        self.warm.load_state_dict(state, device)
+        self._trial_x = {i: t.to(device) for i, t in state["trial_x"].items()}
         self._trial_theta = state["trial_theta"]
         self._queue = [list(positions) for positions in state["queue"]]
         if self.generator is not None and state["generator"] is not None:

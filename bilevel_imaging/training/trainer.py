@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bilevel_imaging.training.interrupts import SignalGuard
 from bilevel_imaging.training.metrics_log import truncate_metrics
 from bilevel_imaging.training.result import TrainingResult
 from bilevel_imaging.training.run_log import METRICS_FILE, RunLog, step_record
-from bilevel_imaging.training.state import TrainableObjective, full_state, preserved, restore_state
+from bilevel_imaging.training.state import TrainableObjective, full_state, preserved, restore_state, restore_theta
 from bilevel_imaging.upper_level.base import StepReport, UpperLevelMethod
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -41,8 +41,8 @@ class Trainer:
         run_dir: the run folder, made if needed.
         max_steps: steps of the whole run, >= 0, those before a resume included.
         validate: returns numbers by name, e.g. ``psnr``, ``ssim``, ``psnr_noisy``. Called before the first step,
-            every ``validate_every`` steps and at the end; what it does to random numbers, theta and warm starts is
-            undone.
+            every ``validate_every`` steps and at the end, with what the method has :meth:`learned`; what it does to
+            random numbers, theta and warm starts is undone.
         validate_every: steps; 0 for only at the end.
         checkpoint_every: steps, >= 1. A checkpoint is also saved before the first step, at the end and on Ctrl-C.
         log_images: called with every validation, returns ``gt``, ``measurement`` and ``reconstruction``, each
@@ -144,6 +144,18 @@ class Trainer:
             log.finish(self._run["loss"][0], self._run["validation"], self.step)
         return self._result(status, reason)
 
+    @contextmanager
+    def learned(self) -> Iterator[None]:
+        """Inside, theta is what to validate, export and evaluate: the average, where the method keeps one.
+
+        Whatever the body does to theta, random numbers and warm starts is undone: the run can go on.
+        """
+        with preserved(self.objective, self.generators):
+            theta = self.method.learned()
+            if theta is not None:
+                restore_theta(self.objective.theta, theta, "memory")
+            yield
+
     def _open_log(self) -> RunLog:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -228,7 +240,7 @@ class Trainer:
         due = done or (self.validate_every > 0 and self.step % self.validate_every == 0)
         if not due or self._run["validated"] == self.step or (self.validate is None and self.log_images is None):
             return
-        with preserved(self.objective, self.generators):
+        with self.learned():
             if self.validate is not None:
                 self._run["validation"] = {name: float(value) for name, value in self.validate().items()}
                 log.validation(self._run["validation"], self.step, self.objective.theta)

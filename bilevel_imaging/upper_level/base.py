@@ -100,6 +100,10 @@ class UpperLevelMethod(abc.ABC):
     def step(self, objective: Objective) -> StepReport:
         """One step from the current theta."""
 
+    def learned(self) -> dict[str, Tensor] | None:
+        """The theta to validate and export where it is not the current one, e.g. an average; else ``None``."""
+        return None
+
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit: plain numbers, strings, tensors, lists and dicts."""

@@ -1,0 +1,162 @@
+"""The mean upper-level loss over batches of lower-level problems, and its certified hypergradient."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.data import Batch
+from bilevel_imaging.derivatives import Constants
+from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
+from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient
+from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
+from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
+from bilevel_imaging.training.warm_starts import WarmStarts
+from bilevel_imaging.upper_level import SquaredError
+
+# images solved together at most, so that memory does not grow with the data set
+DEFAULT_BATCH = 64
+# passes over the batches until the bound of the mean meets the relative accuracy asked for
+MAX_PASSES = 4
+
+
+def bind_batch(energy: VariationalEnergy, batch: Batch) -> LowerLevelProblem:
+    """The lower-level problems of a batch, at its noise levels where the regularizer depends on them.
+
+    Such a regularizer has a method ``at_noise_level(sigma)``, which takes ``(B,)`` standard deviations and returns a
+    regularizer for these B images with the same parameters under the same names.
+
+    Raises:
+        ValueError: as :meth:`VariationalEnergy.bind`.
+    """
+    at_noise_level = getattr(energy.regularizer, "at_noise_level", None)
+    if at_noise_level is not None and batch.noise_level is not None:
+        regularizer = at_noise_level(batch.noise_level)
+        energy = VariationalEnergy(regularizer, ridge=energy.ridge, data_fidelity=energy.data_fidelity)
+    return energy.bind(batch.y, batch.physics)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images solved together: their indices, lower-level problems and ``(B, C, H, W)`` true images."""
+
+    indices: tuple[int, ...]
+    problem: LowerLevelProblem
+    x_true: Tensor
+
+
+class MeanObjective(abc.ABC):
+    """F(theta) = mean over images of loss(x_i*(theta), x_i): hypergradients of the chunks that a subclass chooses.
+
+    Args:
+        energy: the lower-level energy; its trainable parameters are theta, changed in place by a method.
+        loss: upper-level loss, ``None`` for :class:`SquaredError`.
+        lower: lower-level solver, ``None`` for Newton-CG.
+        linear: adjoint solver, ``None`` for conjugate gradients.
+        batch_size: most images solved together, ``None`` for 64; never changes a result by more than rounding.
+        certificate: passed to :func:`bilevel_imaging.hypergradient`.
+        warm: where the starts of the solvers are kept.
+    """
+
+    def __init__(
+        self,
+        energy: VariationalEnergy,
+        loss: Callable[[Tensor, Tensor], Tensor] | None,
+        *,
+        lower: LowerSolver | None,
+        linear: LinearSolver | None,
+        batch_size: int | None,
+        certificate: str,
+        warm: WarmStarts,
+    ):
+        self.energy = energy
+        self.theta: dict[str, Tensor] = energy.theta
+        self.loss = SquaredError() if loss is None else loss
+        self.lower, self.linear = lower or NewtonCG(), linear or ConjugateGradient()
+        self.batch_size = DEFAULT_BATCH if batch_size is None else batch_size
+        self.certificate = certificate
+        self.warm = warm
+
+    @abc.abstractmethod
+    def _next_chunks(self) -> list[Chunk]:
+        """What the next hypergradient is the mean of."""
+
+    @abc.abstractmethod
+    def constants(self) -> Constants:
+        """Constants of the lower-level problem of one image at the current theta."""
+
+    def _chunk(self, batch: Batch) -> Chunk:
+        return Chunk(tuple(batch.indices.tolist()), bind_batch(self.energy, batch), batch.x)
+
+    def _start(self, chunk: Chunk) -> Tensor | None:
+        """Where to start x: where it was, or at the start of the problem for images that were never solved."""
+        known = self.warm.points(chunk.indices)
+        if all(x is None for x in known):
+            return None
+        if any(x is None for x in known):
+            cold = chunk.problem.initial()
+            known = [c if x is None else x.to(c) for x, c in zip(known, cold, strict=True)]
+        return _stacked(known, chunk.x_true)
+
+    def _adjoints(self, chunk: Chunk) -> Tensor | None:
+        known = self.warm.adjoints(chunk.indices)
+        return None if any(q is None for q in known) else _stacked(known, chunk.x_true)
+
+    def hypergradient(
+        self,
+        *,
+        error_tol: float | None = None,
+        residual_tol: float | None = None,
+        relative: float | None = None,
+        bound_tol: float | None = None,
+    ) -> Hypergradient:
+        """Certified hypergradient of F at the current theta: of all images, or of the next minibatch.
+
+        With ``relative`` the bound of the *mean* is driven below relative * ||mean||, not only that of every batch.
+        """
+        chunks = self._next_chunks()
+        if relative is None:
+            parts = self._pass(chunks, error_tol=error_tol, residual_tol=residual_tol, bound_tol=bound_tol)
+            result = average(*parts)
+        else:
+            result = self._relative(chunks, relative)
+        self.warm.step_done()
+        return result
+
+    def _relative(self, chunks: list[Chunk], relative: float) -> Hypergradient:
+        result = average(*self._pass(chunks, relative=relative))
+        for _ in range(MAX_PASSES - 1 if len(chunks) > 1 else 0):
+            if not result.certified or result.bound <= relative * result.norm:
+                break
+            cost = result.cost
+            result = average(*self._pass(chunks, bound_tol=0.9 * relative * result.norm), earlier=cost)
+        if result.certified and result.bound <= relative * result.norm:
+            return replace(result, reason="")  # what single batches fell short of does not matter
+        return result
+
+    def _pass(self, chunks: list[Chunk], **accuracy: Any) -> tuple[list[Hypergradient], list[int]]:
+        parts = []
+        for chunk in chunks:
+            part = hypergradient(
+                chunk.problem,
+                self.loss,
+                chunk.x_true,
+                lower=self.lower,
+                linear=self.linear,
+                x0=self._start(chunk),
+                q0=self._adjoints(chunk),
+                certificate=self.certificate,
+                **accuracy,
+            )
+            self.warm.put(chunk.indices, part.x, part.q)
+            parts.append(part)
+        return parts, [len(chunk.indices) for chunk in chunks]
+
+
+def _stacked(tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    return torch.stack([t for t in tensors if t is not None]).to(like.device)
