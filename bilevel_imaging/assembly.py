@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bilevel_imaging.data import (
     photographs,
     split_names,
 )
-from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight, VariationalEnergy
 from bilevel_imaging.errors import DataError
 from bilevel_imaging.export import load_regularizer
 from bilevel_imaging.linear_solvers import LINEAR_SOLVERS
@@ -32,7 +33,7 @@ from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
 from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.warm_starts import DiskWarmStarts, NoWarmStarts, WarmStarts
-from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS, UpperLevelMethod
+from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS, SamplingPenalty, UpperLevelMethod
 
 # Noise and masks of validation and test images do not depend on the seed of a run, so that runs compare.
 NOISE_SEEDS = {"val": 1_000_001, "test": 1_000_002}
@@ -41,6 +42,8 @@ HELD_OUT = 0.1  # part of a training folder that validates when no validation fo
 # training patches at most with which the weight of the baseline is chosen: more of them hardly move one number
 BASELINE_PATCHES = 64
 WARM_FOLDER = "warm_starts"
+# what is measured is the image as a whole
+WHOLE = ("tomography", "mri")
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -57,10 +60,12 @@ def device_of(config: RunConfig) -> torch.device:
 
 def degradation_of(config: RunConfig, part: str) -> Degradation:
     """Operator and noise for the part "train", "val", "test", or "baseline" (as "train", with the noise of tests)."""
-    p = config.problem
-    seed = NOISE_SEEDS.get(part, config.seed)
-    sigma_range = p.sigma_range if part == "train" else None
-    return Degradation(p.kind, p.sigma, p.blur_size, p.blur_std, p.kept_fraction, seed, sigma_range)
+    names = [f.name for f in fields(Degradation) if f.name not in ("seed", "sigma_range")]
+    return Degradation(
+        **{name: getattr(config.problem, name) for name in names},
+        seed=NOISE_SEEDS.get(part, config.seed),
+        sigma_range=config.problem.sigma_range if part == "train" else None,
+    )
 
 
 def load_images(config: RunConfig, part: str, dtype: torch.dtype = torch.float64) -> list[tuple[str, Tensor]]:
@@ -134,7 +139,10 @@ def training_pairs(config: RunConfig, part: str = "train") -> ImagePairs:
             tests, to choose the weight of the baseline.
     """
     images = load_images(config, "train")
-    patches = extract_patches(images, config.data.patch_size, config.data.patches_per_image, config.seed)
+    if config.problem.kind in WHOLE:
+        patches = [(name, center_crop(image, config.data.patch_size, name)) for name, image in images]
+    else:
+        patches = extract_patches(images, config.data.patch_size, config.data.patches_per_image, config.seed)
     if part == "baseline":
         patches = patches[:: math.ceil(len(patches) / BASELINE_PATCHES)]
     dtype = getattr(torch, config.problem.dtype)
@@ -155,14 +163,28 @@ def evaluation_pairs(
         config: the settings.
         part: "val" or "test", decides on the noise.
         images: instead of those of the part.
-        crop: largest height and width, 0 for whole images; ``None`` for ``data.eval_size``.
+        crop: largest height and width, 0 for whole images; ``None`` for ``data.eval_size``. In tomography crops are
+            square, and with weights that belong to one size of images they have that of the patches.
         dtype: float64, so that certified distances are not limited by rounding, or that of the training.
+
+    Raises:
+        ValueError: a crop that does not fit the weights.
     """
     size = config.data.eval_size if crop is None else crop
     chosen = load_images(config, part) if images is None else images
-    if size:
-        chosen = [(n, center_crop(x, (min(size, x.shape[-2]), min(size, x.shape[-1])), n)) for n, x in chosen]
+    chosen = [(name, center_crop(x, _evaluated(config, x, size, bool(crop)), name)) for name, x in chosen]
     return ImagePairs.build(chosen, degradation_of(config, part), dtype, device_of(config))
+
+
+def _evaluated(config: RunConfig, image: Tensor, size: int, asked: bool) -> tuple[int, int]:
+    """Height and width of an image that are evaluated."""
+    patch = config.data.patch_size
+    if config.problem.has_weight_grid:
+        if asked and size != patch:
+            raise ValueError(f"crop: the learned data weights are for {patch}x{patch} images. Got {size}.")
+        return patch, patch
+    height, width = (min(size or n, n) for n in image.shape[-2:])
+    return (min(height, width),) * 2 if config.problem.kind == "tomography" else (height, width)
 
 
 def make_regularizer(config: RegularizerConfig) -> Regularizer:
@@ -191,11 +213,35 @@ def make_regularizer(config: RegularizerConfig) -> Regularizer:
     return regularizer
 
 
-def make_energy(config: RunConfig, regularizer: Regularizer | None = None) -> VariationalEnergy:
-    """The variational energy, on the device of the run."""
-    regularizer = make_regularizer(config.regularizer) if regularizer is None else regularizer
-    ridge = config.resolved().problem.ridge
-    return VariationalEnergy(regularizer, ridge=ridge or 0.0).to(device_of(config))
+def make_data_weight(config: RunConfig) -> DataWeight | None:
+    """The weights of the data term at their start, if there are any.
+
+    Raises:
+        ValueError: an option that they do not take.
+    """
+    problem, size = config.problem, config.data.patch_size
+    if problem.data_weight is None:
+        return None
+    options = dict(problem.data_weight_options)
+    if problem.has_weight_grid:
+        options.setdefault("shape", (size, size if problem.kind == "mri" else size // 2 + 1))
+    return _call(DATA_WEIGHTS[problem.data_weight], options, "problem.data_weight_options", problem.data_weight)
+
+
+def make_energy(
+    config: RunConfig, regularizer: Regularizer | None = None, data_weight: DataWeight | None = None
+) -> VariationalEnergy:
+    """The variational energy, on the device of the run.
+
+    Args:
+        config: the settings.
+        regularizer: ``None`` for regularizer and weights of the data term at the start of the training.
+        data_weight: with a regularizer: the weights of the data term, ``None`` for 1.
+    """
+    if regularizer is None:
+        regularizer, data_weight = make_regularizer(config.regularizer), make_data_weight(config)
+    ridge = config.resolved().problem.ridge or 0.0
+    return VariationalEnergy(regularizer, ridge=ridge, data_weight=data_weight).to(device_of(config))
 
 
 def make_objective(
@@ -224,6 +270,8 @@ def make_objective(
         settings = getattr(config, name)
         limits = {} if settings.max_iter is None else {"max_iter": settings.max_iter}
         options[name] = registry[settings.solver](**limits)
+    if config.upper.sampling_penalty:
+        options["penalty"] = SamplingPenalty(energy, config.upper.sampling_penalty)
     if isinstance(data, RandomPatches):
         return RandomPatchObjective(energy, data, **options)
     minibatch = config.upper.minibatch

@@ -12,8 +12,16 @@ from typing import Any
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 WARM_STARTS = ("memory", "disk", "none")
-# chosen for operators with a null space, where the energy is not strongly convex without it
-DEFAULT_RIDGE = 1e-3
+# Operators with a null space, or nearly one, need one for strong convexity; all of them have a norm of about 1. Where
+# much is missing, a large one would pull the image towards 0.
+DEFAULT_RIDGE = {
+    "denoising": 0.0,
+    "deblurring": 1e-3,
+    "inpainting": 1e-3,
+    "super_resolution": 1e-3,
+    "tomography": 1e-4,
+    "mri": 1e-4,
+}
 # parameters are logarithms: this changes them by 5 % in a step, where the optimizers' own defaults change 0.1 %
 DEFAULT_LR = {"adam": 0.05, "adamw": 0.05, "rmsprop": 0.05}
 # a change of the loss by 1e-5 of itself changes the PSNR by 4e-5 dB
@@ -24,18 +32,22 @@ DEFAULT_TOLERANCE = {"maid": 1e-5}
 class DataConfig:
     """Images.
 
+    Tomography and MRI measure an image as a whole: there every patch is an object of its own, and the operator is that
+    for its size. Fixed patches are then the centers of the images, one each; random ones may lie anywhere.
+
     Attributes:
         train: folder of training images; empty for the bundled photographs.
         val: folder of validation images; empty for the bundled ones, or a part of the training folder held out.
         test: folder of test images; empty for the bundled ones, or the validation images with a folder of your own.
         patch_size: height and width of the training patches, pixels.
-        patches_per_image: patches from every training image.
+        patches_per_image: patches from every training image; in tomography and MRI it is always the center alone.
         random_patches: instead of so many fixed patches, cut ``upper.minibatch`` new ones for every step, turned and
             flipped at random, with new noise; for large folders and many steps of a first-order method.
-        color: train on RGB instead of gray images.
+        color: train on RGB instead of gray images; not in MRI.
         batch_size: most images solved together; limits memory, does not change the result.
         max_images: use the first so many images of every set; 0 for all.
-        eval_size: validation and test images are cropped to at most this height and width, pixels.
+        eval_size: validation and test images are cropped to at most this height and width, pixels; to a square in
+            tomography, and to patch_size with problem.data_weight frequencies or mask, whose weights are for that size.
         warm_starts: with minibatches of fixed patches, where the last solutions of every patch are kept to start from:
             memory (and every checkpoint), disk (files in the run folder; resuming after a kill is then exact to the
             accuracy of the solves, not bit for bit) or none.
@@ -65,16 +77,32 @@ class ProblemConfig:
     """Forward operator, noise and arithmetic.
 
     Attributes:
-        kind: denoising, deblurring (circular Gaussian blur) or inpainting (missing pixels).
-        sigma: standard deviation of the noise, in units of the image range [0, 1].
+        kind: denoising, deblurring (Gaussian blur), inpainting (missing pixels), super_resolution (every factor-th
+            pixel after a Gaussian blur), tomography (parallel beams) or mri (one coil, some columns of k-space; images
+            are complex and start with an imaginary part of zero, and scores are those of magnitudes).
+        sigma: standard deviation of the noise in the measurement, in units of the image range [0, 1]; in tomography,
+            of the largest value in the noiseless sinogram of the image; in mri, of the largest magnitude of the image,
+            for the real and the imaginary part of every measured entry each (the transform is unitary).
         sigma_range: [low, high] to give every training patch a noise level of its own, uniform between them; sigma is
             then that of validation and test alone. null for sigma everywhere.
         blur_size: width of the blur kernel, pixels, odd.
         blur_std: standard deviation of the blur kernel, pixels.
         kept_fraction: part of the pixels that inpainting keeps.
-        ridge: coefficient of 1/2 ||x||^2; null for 0 in denoising and 0.001 otherwise.
+        ridge: coefficient of 1/2 ||x||^2; null for 0 in denoising, 0.0001 in tomography and mri, and 0.001 otherwise.
         dtype: float32 or float64, for the training.
         device: auto (CUDA if there is one), cpu or cuda.
+        padding: what deblurring sees outside of the image: circular, reflect, replicate, constant (zeros) or valid
+            (nothing: measurements are smaller than images).
+        factor: of super_resolution.
+        views: directions of tomography, equispaced in [0, 180) degrees.
+        acceleration: of mri, 1 / part of the columns of k-space that are measured.
+        center_fraction: of mri, part of the columns around the zero frequency that is measured for certain.
+        data_weight: learn weights W of the misfit 1/2 ||W^(1/2) (A x - y)||^2: noise (one number, any kind),
+            frequencies (one per frequency; denoising, circular deblurring, mri), mask (how much every entry of k-space
+            is used: a sampling pattern; mri, with acceleration 1 for a choice of all). null for 1. The grid search that
+            results are compared with always has 1.
+        data_weight_options: arguments of the weights by name: value or start at the start, and shape, [1, patch_size]
+            for whole columns; the default is one number per entry of the measurement of a patch.
     """
 
     kind: str = "denoising"
@@ -86,11 +114,19 @@ class ProblemConfig:
     ridge: float | None = None
     dtype: str = "float32"
     device: str = "auto"
+    padding: str = "circular"
+    factor: int = 2
+    views: int = 60
+    acceleration: float = 4.0
+    center_fraction: float = 0.08
+    data_weight: str | None = None
+    data_weight_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from bilevel_imaging.data.degradations import KINDS
+        from bilevel_imaging.data.degradations import KINDS, PADDINGS
 
         _one_of("problem.kind", self.kind, KINDS)
+        _one_of("problem.padding", self.padding, PADDINGS)
         _one_of("problem.dtype", self.dtype, DTYPES)
         _one_of("problem.device", self.device, DEVICES)
         _number("problem.sigma", self.sigma, ">= 0")
@@ -100,11 +136,42 @@ class ProblemConfig:
         _number("problem.blur_std", self.blur_std, "> 0")
         if self.blur_size < 1 or self.blur_size % 2 == 0:
             raise ValueError(f"problem.blur_size: expected an odd number >= 1. Got {self.blur_size}.")
-        if not 0 < self.kept_fraction <= 1:
-            raise ValueError(f"problem.kept_fraction: expected a number in (0, 1]. Got {self.kept_fraction}.")
+        for name in ("kept_fraction", "center_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"problem.{name}: expected a number in (0, 1]. Got {getattr(self, name)}.")
+        _at_least("problem.factor", self.factor, 2)
+        _at_least("problem.views", self.views, 1)
+        if not 1 <= self.acceleration < math.inf:
+            raise ValueError(f"problem.acceleration: expected a finite number >= 1. Got {self.acceleration}.")
+        if self.padding != "circular" and self.kind != "deblurring":
+            raise ValueError(f"problem.padding: {self.kind} does not take it. Leave it out.")
+        self._check_data_weight()
         if self.ridge is not None:
             needed = self.kind != "denoising"
             _number("problem.ridge", self.ridge, "> 0" if needed else ">= 0", f" for {self.kind}" if needed else "")
+
+    def _check_data_weight(self) -> None:
+        from bilevel_imaging.energies import DATA_WEIGHTS
+
+        if self.data_weight is None:
+            if self.data_weight_options:
+                raise ValueError("problem.data_weight_options: expected problem.data_weight with them. Got null.")
+            return
+        _one_of("problem.data_weight", self.data_weight, DATA_WEIGHTS)
+        circular = self.kind == "denoising" or (self.kind == "deblurring" and self.padding == "circular")
+        if self.data_weight == "mask" and self.kind != "mri":
+            raise ValueError(f"problem.data_weight: mask is for mri. Got {self.kind}; noise fits every kind.")
+        if self.data_weight == "frequencies" and self.kind != "mri" and not circular:
+            what = f"{self.kind} with padding {self.padding}" if self.kind == "deblurring" else self.kind
+            raise ValueError(
+                f"problem.data_weight: frequencies is for denoising, circular deblurring and mri. Got {what}; noise "
+                "fits every kind."
+            )
+
+    @property
+    def has_weight_grid(self) -> bool:
+        """Whether the data weights belong to one size of images."""
+        return self.data_weight in ("frequencies", "mask")
 
 
 @dataclass(frozen=True)
@@ -126,7 +193,6 @@ class RegularizerConfig:
     """
 
     kind: str = "total_variation"
-    start: str = ""
     weight: float | None = None
     smoothing: float | None = None
     isotropic: bool = True
@@ -135,6 +201,7 @@ class RegularizerConfig:
     learn_smoothing: bool | None = None
     operator: str = "gradient"
     options: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
 
     def __post_init__(self) -> None:
         from bilevel_imaging.regularizers import REGULARIZERS, Tikhonov
@@ -218,6 +285,8 @@ class UpperConfig:
             what is validated, exported and evaluated (first-order methods). 0 for the last parameters.
         lr_scale: factors of lr by part of a parameter's name, e.g. {"regularizer.log_weight": 0.1}; the longest part
             that fits counts (first-order methods).
+        sampling_penalty: with problem.data_weight mask: what measuring all of k-space costs, in the units of the loss,
+            which is 1/2 times the sum of the squared errors of an image; the mean of the mask is multiplied by it.
         options: further arguments of the method by name.
     """
 
@@ -234,6 +303,7 @@ class UpperConfig:
     clip: float | None = None
     average: float = 0.0
     lr_scale: dict[str, float] = field(default_factory=dict)
+    sampling_penalty: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -245,6 +315,7 @@ class UpperConfig:
         for name in ("lr", "relative", "error_tol", "residual_tol", "tolerance"):
             if getattr(self, name) is not None:
                 _number(f"upper.{name}", getattr(self, name), "> 0")
+        _number("upper.sampling_penalty", self.sampling_penalty, ">= 0")
         _one_of("upper.schedule", self.schedule, SCHEDULES)
         _at_least("upper.warmup", self.warmup, 0)
         if self.clip is not None and not 1 <= self.clip < math.inf:
@@ -312,6 +383,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         data, upper = self.data, self.upper
+        if data.color and self.problem.kind == "mri":
+            raise ValueError("data.color: mri reconstructs complex images of one channel. Leave it out.")
+        if upper.sampling_penalty and self.problem.data_weight != "mask":
+            raise ValueError(
+                f"upper.sampling_penalty: expected problem.data_weight mask. Got {self.problem.data_weight or 'null'}."
+            )
         if data.random_patches and upper.method == "maid":
             raise ValueError("data.random_patches: maid compares losses of all images. Choose another upper.method.")
         if data.random_patches and upper.minibatch is None:
@@ -331,7 +408,7 @@ class RunConfig:
         lr = DEFAULT_LR.get(upper.method) if upper.lr is None else upper.lr
         tolerance = DEFAULT_TOLERANCE.get(upper.method) if upper.tolerance is None else upper.tolerance
         if ridge is None:
-            ridge = 0.0 if self.problem.kind == "denoising" else DEFAULT_RIDGE
+            ridge = DEFAULT_RIDGE[self.problem.kind]
         return replace(
             self,
             data=replace(self.data, **folders),

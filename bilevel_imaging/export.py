@@ -12,7 +12,7 @@ import deepinv
 import torch
 from torch import Tensor
 
-from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight, VariationalEnergy
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
@@ -23,6 +23,7 @@ __all__ = ["ReconstructionInfo", "load_regularizer", "reconstruct", "save_regula
 
 FORMAT = 1
 _KEY = "bilevel_imaging"
+_WEIGHT_PREFIX = "data_weight."  # no regularizer has parameters of such a name
 
 
 def versions() -> dict[str, str]:
@@ -44,6 +45,7 @@ def save_regularizer(
     ridge: float = 0.0,
     noise_level: float | None = None,
     constants: Mapping[str, float] | None = None,
+    data_weight: DataWeight | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a regularizer as safetensors with all that is needed to use it as JSON metadata; replaces in one piece.
@@ -54,10 +56,11 @@ def save_regularizer(
         ridge: of the energy it was learned in.
         noise_level: standard deviation of the noise it was learned for.
         constants: of that energy, e.g. ``mu`` (strong convexity) and ``L`` (smoothness).
+        data_weight: of that energy, one of the classes in ``DATA_WEIGHTS``.
         extra: further plain values, e.g. the problem.
 
     Raises:
-        ValueError: the class is not registered.
+        ValueError: a class is not registered.
         OSError: cannot be written.
     """
     from safetensors.torch import save
@@ -65,6 +68,11 @@ def save_regularizer(
     name = type(regularizer).__name__
     if REGULARIZERS.get(_registered(name)) is not type(regularizer):
         raise ValueError(f"Expected a class of REGULARIZERS, so that it can be loaded. Got {name}; add it there.")
+    if data_weight is not None and type(data_weight) not in DATA_WEIGHTS.values():
+        raise ValueError(f"Expected a class of DATA_WEIGHTS. Got {type(data_weight).__name__}; add it there.")
+    weight = None
+    if data_weight is not None:
+        weight = {"class": type(data_weight).__name__, "arguments": data_weight.arguments()}
     content = {
         "format": FORMAT,
         "class": name,
@@ -72,10 +80,14 @@ def save_regularizer(
         "ridge": float(ridge),
         "noise_level": noise_level,
         "constants": dict(constants or {}),
+        "data_weight": weight,
         "versions": versions(),
         **dict(extra or {}),
     }
-    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in regularizer.state_dict().items()}
+    state = regularizer.state_dict()
+    if data_weight is not None:
+        state |= {_WEIGHT_PREFIX + key: t for key, t in data_weight.state_dict().items()}
+    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in state.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save(tensors, metadata={_KEY: json.dumps(content, allow_nan=False)}))
@@ -90,9 +102,9 @@ def load_regularizer(path: str | Path, device: str | torch.device = "cpu") -> Re
         device: where to.
 
     Returns:
-        a deepinv ``Prior``, in evaluation mode; its attributes ``ridge``, ``noise_level`` and ``metadata`` (a dict)
-        say what it was learned for. Its parameters are float64 and do not require gradients: call
-        ``requires_grad_()`` to go on learning.
+        a deepinv ``Prior``, in evaluation mode; its attributes ``ridge``, ``noise_level``, ``data_weight`` (``None`` or
+        a :class:`DataWeight`, not one of its submodules) and ``metadata`` (a dict) say what it was learned for. Its
+        parameters are float64 and do not require gradients: call ``requires_grad_()`` to go on learning.
 
     Raises:
         CheckpointError: missing, damaged, or not written by this package; the message names the file.
@@ -106,14 +118,32 @@ def load_regularizer(path: str | Path, device: str | torch.device = "cpu") -> Re
         raise CheckpointError(f"{path} holds a {name}. This version knows {', '.join(known)}.")
     try:
         regularizer = REGULARIZERS[kind](**content["arguments"])
-        regularizer.load_state_dict(tensors)
+        regularizer.load_state_dict({k: t for k, t in tensors.items() if not k.startswith(_WEIGHT_PREFIX)})
+        weight = _data_weight(content.get("data_weight"), tensors)
         regularizer.ridge, regularizer.noise_level = float(content["ridge"]), content["noise_level"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the class {name}: {error}") from error
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
         raise CheckpointError(f"{path} holds parameters that are NaN or infinite.")
     regularizer.metadata = content
+    # nn.Module would make it one of the regularizer's modules, and its tensors parameters of the regularizer
+    object.__setattr__(regularizer, "data_weight", None if weight is None else weight.to(device))
     return regularizer.requires_grad_(False).eval().to(device)
+
+
+def _data_weight(content: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> DataWeight | None:
+    """The weight that was saved, frozen.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it does not fit.
+    """
+    if content is None:
+        return None
+    kinds = {kind.__name__: kind for kind in DATA_WEIGHTS.values()}
+    weight = kinds[content["class"]](**content["arguments"])
+    state = {k.removeprefix(_WEIGHT_PREFIX): t for k, t in tensors.items() if k.startswith(_WEIGHT_PREFIX)}
+    weight.load_state_dict(state)
+    return weight.requires_grad_(False)
 
 
 def _registered(name: str) -> str | None:
@@ -150,8 +180,11 @@ def reconstruct(
     *,
     x0: Tensor | None = None,
     solver: LowerSolver | None = None,
+    noise_level: float | Tensor | None = None,
 ) -> tuple[Tensor, ReconstructionInfo]:
     """argmin_x 1/2 ||Ax - y||^2 + prior(x) + ridge/2 ||x||^2, with a certified distance to the minimizer.
+
+    Where the prior was learned together with weights of the data term (``prior.data_weight``), the misfit is weighted.
 
     Args:
         y: measurements, ``(B, ...)``.
@@ -162,15 +195,27 @@ def reconstruct(
         ridge: ``None`` for that of the prior (what it was learned with), else 0.
         x0: start, ``(B, C, H, W)``.
         solver: ``None`` for Newton-CG.
+        noise_level: standard deviation of the noise in y, float or ``(B,)``; for a prior that depends on it, such as
+            :class:`NoiseConditional`, and only for that.
 
     Returns:
         x ``(B, C, H, W)`` and what is known of it, e.g. ``info.distance_bound`` per image.
 
     Raises:
-        ValueError: measurements that do not fit, or an energy that is not strongly convex (set ``ridge``).
+        ValueError: measurements that do not fit, an energy that is not strongly convex (set ``ridge``), or a noise
+            level that is missing or not used.
     """
+    weight = getattr(prior, "data_weight", None)
+    weight = None if weight is None else weight.to(y.device)
     if ridge is None:
         ridge = float(getattr(prior, "ridge", 0.0))
+    if noise_level is not None:
+        if not hasattr(prior, "at_noise_level"):
+            raise ValueError(
+                f"Expected no noise_level for {type(prior).__name__}, which does not depend on it. Got {noise_level}; "
+                "use NoiseConditional, or leave it out."
+            )
+        prior = prior.at_noise_level(noise_level)
     with torch.no_grad():
-        problem = VariationalEnergy(prior, ridge=ridge).bind(y, physics)
+        problem = VariationalEnergy(prior, ridge=ridge, data_weight=weight).bind(y, physics)
         return minimize(problem, x0, error_tol, solver)

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from bilevel_imaging import assembly
 from bilevel_imaging.config import RunConfig
 from bilevel_imaging.data import ImagePairs, RandomPatches
-from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.energies import DataWeight, SamplingMask, VariationalEnergy
 from bilevel_imaging.errors import CheckpointError, DataError
 from bilevel_imaging.export import load_regularizer, save_regularizer, versions
 from bilevel_imaging.lower_solvers import LOWER_SOLVERS
@@ -71,19 +72,19 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> int:
         export(config, folder, objective)
         if result.status == "interrupted":
             return 130
-        summary = _summary(config, result, energy.regularizer, _final_loss(objective, result))
+        summary = _summary(config, result, energy, _final_loss(objective, result))
         if config.logging.evaluate:
-            summary |= _compared(config, folder, energy.regularizer)
+            summary |= _compared(config, folder, energy)
     write_json(folder / SUMMARY_FILE, summary)
     print(report(summary, folder, len(summary["images"])))
     return 0
 
 
-def _compared(config: RunConfig, folder: Path, regularizer: Regularizer) -> dict[str, Any]:
+def _compared(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dict[str, Any]:
     """Scores on the test images beside those of the baseline, and a picture of them."""
-    search = _search(folder, config, regularizer)
+    search = _search(folder, config, energy.regularizer)
     test = assembly.evaluation_pairs(config, "test")
-    evaluation = evaluate(_energies(config, regularizer, search), test)
+    evaluation = evaluate(_energies(config, energy, search), test)
     _save_picture(evaluation, folder / "pictures" / "evaluation.png")
     return evaluation.to_dict() | {"grid_search": _search_summary(search)}
 
@@ -101,11 +102,23 @@ def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective | 
         validate=validator.validate,
         validate_every=config.logging.validate_every,
         checkpoint_every=config.logging.checkpoint_every,
-        log_images=lambda: {**validator.images(), **regularizer_pictures(objective.energy.regularizer)},
+        log_images=lambda: {
+            **validator.images(),
+            **regularizer_pictures(objective.energy.regularizer),
+            **_weight_picture(objective.energy.data_weight),
+        },
         config=asdict(config),
         tensorboard=config.logging.tensorboard,
         progress=config.logging.progress,
     )
+
+
+def _weight_picture(weight: DataWeight | None) -> dict[str, Tensor]:
+    """The weights of the data term on their grid as a picture ``(1, rows, columns)`` by tag, the largest one white."""
+    if weight is None or weight.parameter.dim() != 2:
+        return {}
+    values = weight.weights().detach()
+    return {"data_weight/weights": (values / values.max())[None]}
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -136,7 +149,7 @@ def _check_data(folder: Path, data: ImagePairs | RandomPatches, resume: bool) ->
 
 
 def export(config: RunConfig, folder: Path, objective: BilevelObjective | RandomPatchObjective) -> None:
-    """Write the learned regularizer with the constants of its training energy."""
+    """Write the learned regularizer, with its data weights if there are any and the constants of its energy."""
     energy, bounds = objective.energy, objective.constants()
     pairs = (("mu", bounds.strong_convexity), ("L", bounds.smoothness))
     constants = {name: float(value[0]) for name, value in pairs if value is not None}
@@ -146,6 +159,7 @@ def export(config: RunConfig, folder: Path, objective: BilevelObjective | Random
         ridge=energy.ridge,
         noise_level=config.problem.sigma,
         constants=constants,
+        data_weight=energy.data_weight,
         extra={"problem": asdict(config.problem), "color": config.data.color, "seed": config.seed},
     )
     for name, figure in regularizer_figures(energy.regularizer).items():
@@ -162,20 +176,26 @@ def _final_loss(
     return value.value, value.lower, value.upper
 
 
-def named_parameters(regularizer: Regularizer) -> dict[str, Any]:
-    """Parameters with a single entry: positive ones (stored as logarithms) by value, all by their name in theta."""
+def named_parameters(energy: VariationalEnergy) -> dict[str, Any]:
+    """Parameters with a single entry: positive ones (stored as logarithms) by value, all by their name in theta.
+
+    The weight of the data term is ``data_weight``; of a sampling mask there is the mean, ``sampled``.
+    """
     result: dict[str, Any] = {}
-    for name, tensor in regularizer.named_parameters():
+    for full, tensor in energy.named_parameters():
+        owner, _, name = full.partition(".")
         if tensor.numel() == 1:
             value = float(tensor.detach())
             if name.startswith("log_"):
-                result[name.removeprefix("log_")] = math.exp(value)
-            result[f"regularizer.{name}"] = value
+                result[name.removeprefix("log_") if owner == "regularizer" else owner] = math.exp(value)
+            result[full] = value
+    if isinstance(energy.data_weight, SamplingMask):
+        result["sampled"] = float(energy.data_weight.mask.detach().mean())
     return result
 
 
 def _summary(
-    config: RunConfig, result: TrainingResult, regularizer: Regularizer, value: tuple[float, float, float]
+    config: RunConfig, result: TrainingResult, energy: VariationalEnergy, value: tuple[float, float, float]
 ) -> dict[str, Any]:
     return {
         "psnr": None,
@@ -184,7 +204,7 @@ def _summary(
         "loss_interval": [value[1], value[2]],
         "loss_images": "last minibatch" if config.data.random_patches else "all",
         "first_loss": result.summary.get("first_loss"),
-        "parameters": named_parameters(regularizer),
+        "parameters": named_parameters(energy),
         "status": result.status,
         "reason": result.reason,
         "steps": result.steps,
@@ -221,10 +241,10 @@ def _search_summary(search: GridSearch) -> dict[str, Any]:
     return {"weight": search.weight, "smoothing": search.smoothing, "loss": search.loss}
 
 
-def _energies(config: RunConfig, regularizer: Regularizer, search: GridSearch) -> dict[str, VariationalEnergy]:
+def _energies(config: RunConfig, energy: VariationalEnergy, search: GridSearch) -> dict[str, VariationalEnergy]:
     return {
-        "grid_search": assembly.make_energy(config, baseline(regularizer, search.weight, search.smoothing)),
-        "learned": assembly.make_energy(config, regularizer),
+        "grid_search": assembly.make_energy(config, baseline(energy.regularizer, search.weight, search.smoothing)),
+        "learned": energy,
     }
 
 
@@ -234,7 +254,7 @@ def _save_picture(evaluation: Evaluation, path: Path) -> None:
 
 def report(summary: dict[str, Any], folder: Path, images: int) -> str:
     """The message at the end: what was learned, how good it is, what to type next."""
-    values = {n: v for n, v in summary["parameters"].items() if not n.startswith("regularizer.")}
+    values = {n: v for n, v in summary["parameters"].items() if "." not in n}
     learned = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     low, high = summary["loss_interval"]
     notes = ["certified interval"] if math.isfinite(low) and math.isfinite(high) else []
@@ -281,12 +301,13 @@ def evaluate_run(
     if not (folder / REGULARIZER_FILE).exists():
         raise CheckpointError(f"{folder}: not finished, no {REGULARIZER_FILE}. Go on with train.py --resume {folder}.")
     regularizer = load_regularizer(folder / REGULARIZER_FILE)
+    energy = assembly.make_energy(config, regularizer, regularizer.data_weight)
     images = None if data is None else assembly.load_folder(data, config)
     if crop is None and data is not None:
         crop = 0
     pairs = assembly.evaluation_pairs(config, "test", images, crop=crop)
     search = _search(folder, config, regularizer)
-    evaluation = evaluate(_energies(config, regularizer, search), pairs)
+    evaluation = evaluate(_energies(config, energy, search), pairs)
     print(evaluation.table())
     distance = max(max(values) for values in evaluation.distance_bound.values())
     fixed = "" if search.smoothing is None else f", smoothing {search.smoothing:g}"
@@ -298,7 +319,7 @@ def evaluate_run(
     print(f"Picture: {os.path.relpath(path)}")
     if json_path is not None:
         content = evaluation.to_dict() | {
-            "parameters": named_parameters(regularizer),
+            "parameters": named_parameters(energy),
             "grid_search": _search_summary(search),
             "run": str(folder),
             "data": data,

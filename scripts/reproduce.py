@@ -2,6 +2,7 @@
 
 python scripts/reproduce.py quadratic [--output DIR] [--json PATH]
 python scripts/reproduce.py denoising --regularizer FILE... --images DIR --sigma 15 25 50
+python scripts/reproduce.py training_curves runs/A runs/B [--json PATH]
 python scripts/reproduce.py ct --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
 """
@@ -23,11 +24,12 @@ EXPERIMENTS = {
     "silent_gradients": "bilevel_imaging.experiments.silent_gradients",
     "float32_floor": "bilevel_imaging.experiments.float32_floor",
     "denoising": "bilevel_imaging.experiments.denoising_scores",
+    "training_curves": "bilevel_imaging.experiments.training_curves",
     "ct": "bilevel_imaging.experiments.medical",
     "mri": "bilevel_imaging.experiments.medical",
 }
 MEDICAL = ("ct", "mri")
-WITH_FILES = ("denoising", *MEDICAL)
+WITH_FILES = ("denoising", "training_curves", *MEDICAL)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[common])
         if name == "denoising":
             add_denoising_options(command)
+        if name == "training_curves":
+            command.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders of train.py")
         if name in MEDICAL:
             add_medical_options(command, name)
     return whole
@@ -71,9 +75,7 @@ def add_medical_options(command: argparse.ArgumentParser, name: str) -> None:
     command.description = f"Regularizers for {what}, learned on some slices of a volume and scored on others."
     add = command.add_argument
     add("--regularizer", type=Path, nargs="+", default=[], metavar="FILE", help="regularizer.safetensors of a run")
-    add(
-        "--images", type=Path, metavar="DIR", help="slices of one volume, sorted by name (default: phantom)"
-    )
+    add("--images", type=Path, metavar="DIR", help="slices of one volume, sorted by name (default: phantom)")
     add("--size", type=int, default=128, help="longer side of the slices, reduced to that (default: %(default)s)")
     if name == "ct":
         add("--views", type=int, default=60, help="equispaced directions in 180 degrees (default: %(default)s)")
@@ -164,6 +166,8 @@ def options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
     """Arguments of run() from the command line."""
     if parsed.experiment == "denoising":
         return denoising_options(parsed, experiment)
+    if parsed.experiment == "training_curves":
+        return {"folders": parsed.folders}
     return medical_options(parsed, experiment) if parsed.experiment in MEDICAL else {}
 
 

@@ -90,7 +90,8 @@ def test_hat_functions_interpolate(nodes, point):
 def test_weights_and_scales_are_interpolated_and_beyond_the_nodes_proportional():
     regularizer = model("tikhonov")
     sigma = torch.tensor([0.001, 0.01, *NODES, 0.07, 0.5, 2.0], dtype=F64)
-    w, s, _ = regularizer.at_noise_level(sigma).factors(len(sigma))
+    with torch.no_grad():
+        w, s, _ = regularizer.at_noise_level(sigma).factors(len(sigma))
     for found, stored, sign in ((w, regularizer.log_weights, 1), (s, regularizer.log_scales, -1)):
         torch.testing.assert_close(found[2:5].log(), stored)
         assert float(found[5].log()) == pytest.approx(
@@ -194,6 +195,57 @@ def test_a_subset_of_problems_has_its_own_levels():
 # --- bounds
 
 
+def rescaled(inside: bi.Regularizer, factor: float, scale: float) -> bi.Regularizer:
+    """factor / scale * R(scale x) with other parameters."""
+    if isinstance(inside, bi.TotalVariation):
+        weight, smoothing = (float(p.detach().exp()) for p in (inside.log_weight, inside.log_smoothing))
+        return bi.TotalVariation(factor * weight, smoothing / scale, isotropic=inside.isotropic)
+    return inside.rescaled(factor, scale)
+
+
+@pytest.mark.parametrize("name", ["fields_of_experts", "convex_ridge", "total_variation", "anisotropic"])
+@pytest.mark.parametrize("sigma", LEVELS)
+def test_all_that_is_said_is_said_of_the_rescaled_regularizer(name, sigma):
+    regularizer = model(name, learn_weights=False, learn_scales=False).at_noise_level(sigma)
+    weight, scale = (float(f) for f in regularizer.factors(1)[:2])
+    x, q, radius, mu = image((2, 1, 7, 8), 1), image((2, 1, 7, 8), 2), 0.07 * torch.ones(2, dtype=F64), 0.03
+    mu = mu * torch.ones_like(radius)
+    ours, theirs = regularizer.linearize(x), rescaled(regularizer.regularizer, weight, scale).linearize(x)
+
+    def said(at) -> dict[str, Tensor | float | None]:
+        change, along = at.local_change(q, radius, mu), at.directional(q, radius)
+        ball = at.constants_on_ball(radius) or at.constants
+        memory = at.newton_memory(cold=False)
+        step = torch.tensor([0.5, 1.0], dtype=F64)
+        model = at.newton_model(memory)
+        return {
+            "gradient": at.grad,
+            "product": at.hvp(q),
+            "norm": at.mixed_norm_bound(),
+            "energy norms": at.mixed_energy_norms(),
+            "block norms": at.mixed_block_norms(mu),
+            "curvature": at.relative_curvature(radius, mu),
+            "hessian": change.hessian,
+            "slopes": change.slopes.expand(2, -1),
+            "energy": change.energy,
+            "length": at.length_scale,
+            "diffusion": at.diffusion(),
+            "spectrum": at.cosine_spectrum(),
+            "model": model.hvp(q),
+            "advanced": at.newton_model(model.advance(q, step)).hvp(q),
+            **{f"along {n}": v for n, v in vars(along).items()},
+            **{f"ball {n}": v for n, v in vars(ball).items() if n != "reason"},
+            **{f"everywhere {n}": v for n, v in vars(at.constants).items() if n != "reason"},
+        }
+
+    expected = said(theirs)
+    for key, value in said(ours).items():
+        if value is None or expected[key] is None:
+            assert value is expected[key], key
+        else:
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+
+
 @pytest.mark.parametrize("name", BY_BLOCKS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bounds_of_the_mixed_derivative(name, seed, monkeypatch):
@@ -222,6 +274,21 @@ def test_bounds_of_columns(name, seed):
         assert bool((bounds[sample, 3:6] <= 30 * energies[3:6] + 1e-12).all())
 
 
+@pytest.mark.parametrize("radius", [1e-3, 0.3])
+def test_changes_of_weights_and_scales_along_q(radius):
+    regularizer = model("nothing_learned").at_noise_level(levels()[:2])
+    x, q, radii = image((2, 1, 6, 7), 1), image((2, 1, 6, 7), 2), torch.full((2,), radius, dtype=F64)
+    at = regularizer.linearize(x)
+    along, lipschitz = at.directional(q, radii), at.constants_on_ball(radii).mixed_lipschitz
+    for e in (q, at.hvp(q), x, image(x.shape, 3)):
+        e = radius * e / per_sample(norm(e), e)
+        columns = regularizer.linearize(x + e).mixed_columns() - at.mixed_columns()
+        change = torch.einsum("bndhw,bdhw->bn", columns, q).abs()
+        assert bool((change <= along.mixed_components * radius + 1e-12).all())
+        assert bool((change.norm(dim=1) <= along.mixed * radius + 1e-12).all())
+        assert bool((torch.linalg.matrix_norm(columns.flatten(2), 2) <= lipschitz * radius + 1e-12).all())
+
+
 def dense(product, like: Tensor) -> Tensor:
     """Symmetric matrices ``(B, N, N)`` of a product."""
     pixels = like[0].numel()
@@ -234,33 +301,32 @@ def dense(product, like: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["fields_of_experts", "convex_ridge", "total_variation", "anisotropic"])
-@pytest.mark.parametrize("radius", [1e-3, 0.3, 2.0])
-def test_slopes_of_weights_and_scales_in_the_norm_of_the_regularizer(name, radius):
-    """DJ[e] in the dual norm of R'' + mu I, which is what u is measured by, along e that change much."""
-    problem, x, regularizer = problem_at(name, 2)
-    mu, radii, q = problem.constants().strong_convexity, torch.full((2,), radius, dtype=F64), image(x.shape, 3)
-    at = problem.linearize(x)
-    slopes = at.local_change(q, radii, mu).slopes
-    # the columns or blocks of log_weights and log_scales, for coefficients along the hat functions
-    hats = regularizer.factors(2)[2]
-    width = (slopes[:, : len(NODES)], slopes[:, len(NODES) : 2 * len(NODES)])
-    if name in BY_BLOCKS:
-        width = (slopes[:, :1], slopes[:, 1:2])
-    size = hats.norm(dim=1)
-    allowed = [w.norm(dim=1) / size for w in width]
-    directions = [x, image(x.shape, 7), at.hvp(x), -x]
-    for e in directions:
-        e = e * per_sample(radii / (e * at.hvp(e)).flatten(1).sum(1).sqrt(), e)
+@pytest.mark.parametrize(("radius", "lowest", "extent"), [(1e-3, 0.1, 1), (0.3, 0.1, 1), (2.0, 0.1, 1), (5.0, 1e-3, 0)])
+def test_slopes_of_weights_and_scales_for_the_smallest_energy(name, radius, lowest, extent):
+    """DJ[e] in the dual norm of R'' + mu I, as if nothing else were in the energy."""
+    regularizer = model(name, 2).at_noise_level(levels()[[0, 2]])
+    x, radii = extent * image((2, 1, 6, 7), 2, 0.2), torch.full((2,), radius, dtype=F64)
+    slopes = regularizer.linearize(x).local_change(image(x.shape, 3), radii, torch.full_like(radii, lowest)).slopes
+    count = 1 if name in BY_BLOCKS else len(NODES)
+    spread = regularizer.factors(2)[2].norm(dim=1)  # columns and blocks are hat functions times the two fields
+    bounds = [slopes[:, k * count : (k + 1) * count].norm(dim=1) / spread for k in range(2)]
+
+    def metric(at) -> Tensor:
+        return dense(at.hvp, x) + lowest * torch.eye(x[0].numel(), dtype=F64)
+
+    def length(e: Tensor, matrix: Tensor) -> Tensor:
+        return torch.einsum("bi,bij,bj->b", e.flatten(1), matrix, e.flatten(1)).sqrt()
+
+    for e in (image(x.shape, 7), image(x.shape, 8), *([x, -x] if extent else [])):
+        e = e * per_sample(radius / length(e, metric(regularizer.linearize(x))), e)
         for t in (0.0, 0.5, 1.0):
             there, step = x + t * e, 1e-5 * min(1.0, 1 / radius)
-            inside = regularizer.linearize(there)
-            matrix = dense(inside.hvp, x) + mu.reshape(-1, 1, 1) * torch.eye(x[0].numel(), dtype=F64)
-            length = (e * problem.linearize(there).hvp(e)).flatten(1).sum(1).sqrt()
+            matrix = metric(regularizer.linearize(there))
             ahead, behind = (regularizer.linearize(there + sign * step * e) for sign in (1, -1))
-            for field, bound in zip(("grad", "_scale_field"), allowed, strict=True):
+            for field, bound in zip(("grad", "_scale_field"), bounds, strict=True):
                 change = ((getattr(ahead, field) - getattr(behind, field)) / (2 * step)).flatten(1)
                 dual = (change * torch.linalg.solve(matrix, change)).sum(1).sqrt()
-                assert bool((dual <= 1.001 * bound * length + 1e-7).all())
+                assert bool((dual <= 1.001 * bound * length(e, matrix) + 1e-7).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

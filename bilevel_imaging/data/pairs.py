@@ -29,7 +29,8 @@ class Batch:
         x: clean images, ``(B, C, H, W)``.
         y: measurements, ``(B, *measurement)``.
         physics: the operator, shared by all batches of the shape: do not change it.
-        noise_level: standard deviation of the noise of every measurement, ``(B,)`` like x; ``None`` if not known.
+        noise_level: standard deviation of the noise of every measurement in the units of :class:`Degradation`, ``(B,)``
+            like x; ``None`` if not known.
     """
 
     indices: Tensor
@@ -58,7 +59,8 @@ class ImagePairs:
         make_physics: from the shape ``(C, H, W)`` to the operator, in the dtype and on the device of the data; called
             once per shape.
         indices: one per pair, its position in the set first built: :meth:`subset` keeps it.
-        noise_levels: standard deviation of the noise, one per pair; empty if not known.
+        noise_levels: standard deviation of the noise in the units of :class:`Degradation`, one per pair; empty if not
+            known.
 
     Raises:
         DataError: no pairs, lists of different lengths, a name twice, or data that is not finite, not floating-point,
@@ -102,8 +104,8 @@ class ImagePairs:
         for index, (name, image) in enumerate(images.items() if isinstance(images, Mapping) else images):
             if image.dim() != 3:
                 raise DataError(f"{name}: expected an image (C, H, W). Got shape {tuple(image.shape)}.")
-            shape = tuple(image.shape)
-            clean = image.detach().to("cpu", torch.float64)
+            clean = degradation.image(image.detach().to("cpu", torch.float64))
+            shape = tuple(clean.shape)
             if shape not in exact:
                 exact[shape] = degradation.physics(shape, torch.float64)
             names.append(name)

@@ -68,14 +68,14 @@ class RandomPatches:
             raise DataError("Expected at least one image. Got none: the list of images is empty.")
         self.degradation, self.size, self.count, self.seed = degradation, size, count, seed
         self.dtype, self.device = dtype, torch.device(device)
-        shape = (self.x[0].shape[0], size, size)
+        shape = degradation.image(self.x[0][:, :size, :size]).shape
         self._exact = degradation.physics(shape, torch.float64)
         self.physics: LinearPhysics = degradation.physics(shape, dtype, device)
 
     def batch(self, step: int) -> Batch:
         """The minibatch of a step, 0 for the first; ``indices`` are different for all crops of all steps."""
         generator = keyed_generator("random patches", self.seed, int(step))
-        clean = torch.stack([self._crop(generator) for _ in range(self.count)]).double()
+        clean = self.degradation.image(torch.stack([self._crop(generator) for _ in range(self.count)]).double())
         indices = int(step) * self.count + torch.arange(self.count)
         # Measured in float64 on the CPU, as everywhere: every dtype and device gets the same numbers up to rounding.
         y = self.degradation.measure(clean, indices, self._exact)

@@ -1,11 +1,18 @@
 """What the lower level minimizes."""
 
-from bilevel_imaging.energies.data_weights import DataWeight, FrequencyWeights, NoiseWeight, SamplingMask
+from bilevel_imaging.energies.data_weights import (
+    DATA_WEIGHTS,
+    DataWeight,
+    FrequencyWeights,
+    NoiseWeight,
+    SamplingMask,
+)
 from bilevel_imaging.energies.problem import Constants, Directional, Linearization, LowerLevelProblem
 from bilevel_imaging.energies.quadratic import QuadraticProblem
 from bilevel_imaging.energies.variational import VariationalEnergy, VariationalProblem
 
 __all__ = [
+    "DATA_WEIGHTS",
     "Constants",
     "DataWeight",
     "Directional",

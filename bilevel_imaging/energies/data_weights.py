@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class DataWeight(nn.Module, abc.ABC):
     def learned(self) -> bool:
         """Whether p is one of the parameters theta."""
         return self.parameter.requires_grad
+
+    def arguments(self) -> dict[str, Any]:
+        """What builds a weight of the same size; plain values."""
+        return {"shape": list(self.parameter.shape)} if self.spectral else {}
 
 
 class NoiseWeight(DataWeight):
@@ -132,6 +137,13 @@ class SamplingMask(DataWeight):
 
     def slopes(self) -> Tensor:
         return 2 * (-self.logits).sigmoid()
+
+
+DATA_WEIGHTS: dict[str, type[DataWeight]] = {
+    "noise": NoiseWeight,
+    "frequencies": FrequencyWeights,
+    "mask": SamplingMask,
+}
 
 
 def _grid(shape: Sequence[int]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 BOUNDARIES = ("symmetric", "zero")
+# images and rows of a field ``(B P, H, W, K)``
+Part = tuple[slice, slice]
+# responses evaluated together: pieces of memory of this size are used again and again, larger ones are given back to
+# the system and cleared every time, which takes longer than the arithmetic
+RESPONSES = {"cpu": 2**20, "cuda": 2**27}
 # the adjoint computes tiles of this many pixels squared as the channels of one strided convolution
 TILE = 4
 
@@ -107,6 +113,28 @@ class FilterBank:
         whole = functional.pixel_shuffle(tiles, TILE)
         return whole[..., shifts[0] : shifts[0] + height, shifts[1] : shifts[1] + width]
 
+    def responses(self, x: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """W x by parts, without gradients: place ``[images, rows]`` in a field ``(B P, H, W, K)``, and numbers."""
+        extended = extend(self._split(x), self.margin, self.boundary)
+        for images, rows in parts((len(extended), *x.shape[-2:], len(self.kernels)), x.device):
+            yield (images, rows), self._apply(extended[images, :, rows.start : rows.stop + 2 * self.margin])
+
+    def through(self, x: Tensor, function: Callable[[Tensor, Part], Tensor]) -> Tensor:
+        """W^T f(W x) for an elementwise f, without gradients: all responses of a large image are never stored together.
+
+        Args:
+            x: ``(B, P C, H, W)``.
+            function: responses of a part, its own to change, and their place (see ``responses``), to numbers of the
+                same shape.
+        """
+        height, width = (n + 2 * self.margin for n in x.shape[-2:])
+        out = x.new_zeros((len(x) * self.planes, self.kernels.shape[1], height, width))
+        for part, z in self.responses(x):
+            images, rows = part
+            values = function(z, part).permute(0, 3, 1, 2)
+            out[images, :, rows.start : rows.stop + 2 * self.margin] += self._adjoint(values)
+        return fold_back(out, self.margin, self.boundary).reshape(x.shape)
+
     def correlation(self, z: Tensor, x: Tensor) -> Tensor:
         """sum_i z_k(i) x(i + a) for all shifts a of a filter and all images, ``(K, C, s, s)``: <z, W x> by filters."""
         extended = extend(self._split(x), self.margin, self.boundary)
@@ -181,6 +209,18 @@ class FilterBank:
         square = functional.avg_pool2d((extended - center).square(), self.size, stride=1)
         norms = (area * (square - (mean - center).square()).clamp(min=0)).sum(1).sqrt()
         return norms.reshape(x.shape[0], -1, norms.shape[-1])
+
+
+def parts(shape: tuple[int, int, int, int], device: torch.device) -> Iterator[Part]:
+    """A field ``(B P, H, W, K)`` cut into several images, or into the rows of one."""
+    count, height, width, filters = shape
+    limit = RESPONSES.get(device.type, RESPONSES["cuda"])
+    images, rows = max(1, limit // (height * width * filters)), height
+    if images == 1 and height * width * filters > limit:
+        rows = max(1, limit // (width * filters))
+    for image in range(0, count, images):
+        for row in range(0, height, rows):
+            yield slice(image, min(image + images, count)), slice(row, min(row + rows, height))
 
 
 def _tile_shift(length: int) -> int:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from bilevel_imaging.regularizers.noise_conditional import NoiseConditional
 
 
+def _times(factor: Tensor, v: Tensor) -> Tensor:
+    """A factor per sample, ``(B,)`` float64, in the dtype of v."""
+    return per_sample(factor.to(v.dtype), v) * v
+
+
 class NoiseConditionalLinearization(Linearization):
     """Factors per sample; the columns of J of the weights and the scales are two images times the hat functions."""
 
@@ -35,11 +40,7 @@ class NoiseConditionalLinearization(Linearization):
         self.weight, self.scale, self.hats = (t.detach() for t in regularizer.factors(len(x)))
         self.curvature = self.weight * self.scale  # of the Hessian
         self.constants = regularizer.constants(x.shape) if constants is None else constants
-        self.grad = self._times(self.weight, inside.grad)
-
-    @staticmethod
-    def _times(factor: Tensor, v: Tensor) -> Tensor:
-        return per_sample(factor.to(v.dtype), v) * v
+        self.grad = _times(self.weight, inside.grad)
 
     @property
     def _learns_weights(self) -> bool:
@@ -56,7 +57,7 @@ class NoiseConditionalLinearization(Linearization):
     # ------------------------------------------------------------------------------------------------------ products
 
     def hvp(self, v: Tensor) -> Tensor:
-        return self._times(self.curvature, self.inside.hvp(v))
+        return _times(self.curvature, self.inside.hvp(v))
 
     @cached_property
     def _scale_field(self) -> Tensor:
@@ -70,7 +71,7 @@ class NoiseConditionalLinearization(Linearization):
         for name, field in fields:
             stored = getattr(self.regularizer, name)
             products[name] = (inner(q, field).double() @ self.hats).to(stored.dtype)
-        for name, product in self.inside.mixed_vjp(self._times(self.weight, q)).items():
+        for name, product in self.inside.mixed_vjp(_times(self.weight, q)).items():
             products[f"regularizer.{name}"] = product
         return products
 
@@ -87,7 +88,7 @@ class NoiseConditionalLinearization(Linearization):
         fields = [self.grad] * self._learns_weights + ([self._scale_field] if self._learns_scales else [])
         hats = self.hats.to(self.x.dtype)
         own = [hats.reshape(*hats.shape, 1, 1, 1) * field.unsqueeze(1) for field in fields]
-        return torch.cat([*own, self._times(self.weight, inside)], 1)
+        return torch.cat([*own, _times(self.weight, inside)], 1)
 
     def _own(self, weights: Tensor, scales: Tensor | None, *, columns: bool) -> Tensor:
         """What holds for grad R_sigma and for H x, each ``(B,)``, for the columns that are hats times them, or for the
@@ -225,11 +226,15 @@ class NoiseConditionalLinearization(Linearization):
     def hessian_diagonal(self) -> Callable[[], Tensor]:
         """Diagonal of the Hessian, ``(B, C, H, W)``; no such attribute where R has none."""
         diagonal = getattr(self.inside, DIAGONAL)
-        return lambda: self._times(self.curvature, diagonal())
+        return lambda: _times(self.curvature, diagonal())
 
     def diffusion(self) -> Tensor | None:
         coefficient = self.inside.diffusion()
-        return None if coefficient is None else self._times(self.curvature, coefficient)
+        return None if coefficient is None else _times(self.curvature, coefficient)
+
+    def cosine_spectrum(self) -> Tensor | None:
+        spectrum = self.inside.cosine_spectrum()
+        return None if spectrum is None else _times(self.curvature, spectrum)
 
     def newton_memory(self, *, cold: bool) -> Tensor | None:
         return self.inside.newton_memory(cold=cold)
@@ -252,15 +257,16 @@ class _RescaledModel(NewtonModel):
     def __init__(self, curvature: Tensor, scale: Tensor, model: NewtonModel):
         self.curvature, self.scale, self.model = curvature, scale, model
 
-    def _times(self, factor: Tensor, v: Tensor) -> Tensor:
-        return per_sample(factor.to(v.dtype), v) * v
-
     def hvp(self, v: Tensor) -> Tensor:
-        return self._times(self.curvature, self.model.hvp(v))
+        return _times(self.curvature, self.model.hvp(v))
 
     def diffusion(self) -> Tensor | None:
         coefficient = self.model.diffusion()
-        return None if coefficient is None else self._times(self.curvature, coefficient)
+        return None if coefficient is None else _times(self.curvature, coefficient)
+
+    def cosine_spectrum(self) -> Tensor | None:
+        spectrum = self.model.cosine_spectrum()
+        return None if spectrum is None else _times(self.curvature, spectrum)
 
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
-        return self.model.advance(self._times(self.scale, d), step)
+        return self.model.advance(_times(self.scale, d), step)

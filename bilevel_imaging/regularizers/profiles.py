@@ -90,6 +90,10 @@ class Profile(abc.ABC):
     def slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """psi'(z) and psi''(z), new tensors."""
 
+    def primal_dual(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(c, psi'(z)) with c = (psi'(z) / z) (1 - u (psi' - z psi'') / psi'^2), between psi'' and twice psi' / z."""
+        return _primal_dual(self, z, u)
+
     @abc.abstractmethod
     def change(self, z: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         """sup |psi'''| and inf psi'' over [z - reach, z + reach]."""
@@ -101,6 +105,17 @@ class Profile(abc.ABC):
     @abc.abstractmethod
     def mixed_vjp(self, z: Tensor, g: Tensor) -> dict[str, Tensor]:
         """d/dtheta sum psi'(z) g, by parameter name, in the stored parameters."""
+
+
+@blockwise
+def _primal_dual(profile: Profile, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    slope, curvature = profile.slope_and_curvature(z)
+    reciprocal = z.reciprocal()
+    c = (slope - u).mul_(reciprocal).addcdiv_(u * curvature, slope)
+    most = torch.maximum(reciprocal.mul_(slope), curvature).mul_(2)
+    # at z = 0, where this is 0 / 0, both are psi''
+    c = torch.minimum(torch.maximum(c, curvature), most)
+    return torch.where(c.isfinite(), c, curvature), slope
 
 
 def smoothed_absolute(t: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:

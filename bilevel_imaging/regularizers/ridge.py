@@ -128,8 +128,7 @@ class RidgeRegularizer(Regularizer):
             bank, profile = self._bank(x), self.profile(x)
             return bank.adjoint(profile.slope(bank.apply(x)))
         bank, profile = self.frozen(x)
-        parts = self.chunks(x.shape, len(bank.kernels), x.device)
-        return torch.cat([bank.adjoint(profile.slope(bank.apply(x[part]))) for part in parts])
+        return bank.through(x, lambda z, part: profile.slope(z))
 
     def linearize(self, x: Tensor) -> Linearization:
         """Derivatives frozen at x, ``(B, C, H, W)``."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, LocalChange, NewtonModel
+from bilevel_imaging.regularizers.filter_bank import Part
 from bilevel_imaging.regularizers.ridge_newton import RidgeNewtonModel
 from bilevel_imaging.tensors import norm
 
@@ -31,13 +32,19 @@ class RidgeLinearization(Linearization):
         self.regularizer, self.x = regularizer, x
         self.bank, self.profile = regularizer.frozen(x)
         self.constants = regularizer.constants(x.shape)
-        self.grad = torch.empty_like(x)
-        count = len(self.bank.kernels)
-        self.curvature = x.new_empty((x.shape[0], self.bank.planes * x.shape[-2], x.shape[-1], count))
-        for part in self._parts():
-            slope, curvature = self.profile.slope_and_curvature(self.bank.apply(x[part]))
-            self.grad[part] = self.bank.adjoint(slope)
-            self.curvature[part] = curvature
+        planes, height, width = self.bank.planes, x.shape[-2], x.shape[-1]
+        self.curvature = x.new_empty((len(x), planes * height, width, len(self.bank.kernels)))
+        field = self.by_planes(self.curvature)
+
+        def slope(z: Tensor, part: Part) -> Tensor:
+            slope, field[part] = self.profile.slope_and_curvature(z)
+            return slope
+
+        self.grad = self.bank.through(x, slope)
+
+    def by_planes(self, field: Tensor) -> Tensor:
+        """``(B, P H, W, K)`` as ``(B P, H, W, K)``."""
+        return field.view(-1, self.x.shape[-2], *field.shape[2:])
 
     def _parts(self):
         return self.regularizer.chunks(self.x.shape, len(self.bank.kernels), self.x.device)
@@ -48,10 +55,8 @@ class RidgeLinearization(Linearization):
         return self.regularizer.filter_layers[0].requires_grad
 
     def hvp(self, v: Tensor) -> Tensor:
-        out = torch.empty_like(v)
-        for part in self._parts():
-            out[part] = self.bank.adjoint(self.bank.apply(v[part]).mul_(self.curvature[part]))
-        return out
+        field = self.by_planes(self.curvature)
+        return self.bank.through(v, lambda z, part: z.mul_(field[part]))
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
         products: dict[str, Tensor] = {}

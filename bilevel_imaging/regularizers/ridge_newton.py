@@ -24,32 +24,22 @@ class RidgeNewtonModel(NewtonModel):
     def __init__(self, linearization: RidgeLinearization, dual: Tensor):
         self.at, self.dual = linearization, dual
         self.coefficient, self.slope = torch.empty_like(dual), torch.empty_like(dual)
-        for part in linearization._parts():
-            z = linearization.bank.apply(linearization.x[part])
-            slope, curvature = linearization.profile.slope_and_curvature(z)
-            self.slope[part] = slope
-            tiny = torch.finfo(z.dtype).tiny
-            secant = torch.where(z == 0, curvature, slope / torch.where(z == 0, 1.0, z))
-            turn = (slope - z * curvature) / slope.square().clamp_(min=tiny)
-            c = secant * (1 - dual[part] * turn)
-            # at least Newton's, and bounded where rounding of a tiny psi' has spoiled the turn
-            most = 2 * torch.maximum(secant, curvature)
-            self.coefficient[part] = torch.minimum(torch.maximum(c.nan_to_num(nan=0.0), curvature), most)
+        coefficient, slope, field = (linearization.by_planes(f) for f in (self.coefficient, self.slope, dual))
+        for part, z in linearization.bank.responses(linearization.x):
+            coefficient[part], slope[part] = linearization.profile.primal_dual(z, field[part])
 
     def hvp(self, v: Tensor) -> Tensor:
-        at, out = self.at, torch.empty_like(v)
-        for part in at._parts():
-            out[part] = at.bank.adjoint(at.bank.apply(v[part]).mul_(self.coefficient[part]))
-        return out
+        field = self.at.by_planes(self.coefficient)
+        return self.at.bank.through(v, lambda z, part: z.mul_(field[part]))
 
     def cosine_spectrum(self) -> Tensor:
         return self.at.bank.mean_spectrum(self.coefficient, self.at.x.shape)
 
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
-        at, dual = self.at, torch.empty_like(self.dual)
-        limit = at.profile.slope_limit
-        for part in at._parts():
-            ahead = self.slope[part].addcmul_(self.coefficient[part], at.bank.apply(d[part]))
-            ahead = torch.lerp(self.dual[part], ahead, step[part].reshape(-1, 1, 1, 1))
-            dual[part] = torch.minimum(torch.maximum(ahead, -limit), limit)
-        return dual
+        at = self.at
+        limit, full = at.profile.slope_limit, bool((step == 1).all())
+        ahead, coefficient = at.by_planes(self.slope), at.by_planes(self.coefficient)
+        for part, z in at.bank.responses(d):
+            ahead[part] += z.mul_(coefficient[part])  # the slope is not needed any more
+        dual = self.slope if full else torch.lerp(self.dual, self.slope, step.reshape(-1, 1, 1, 1))
+        return torch.minimum(torch.maximum(dual, -limit, out=dual), limit, out=dual)

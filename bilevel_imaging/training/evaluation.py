@@ -9,10 +9,13 @@ from typing import Any
 
 import deepinv
 import torch
+from deepinv.physics import MRI, Blur
 from torch import Tensor
+from torch.nn import functional
 
-from bilevel_imaging.data import ImagePairs
+from bilevel_imaging.data import Batch, ImagePairs, magnitude
 from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.energies.binding import data_term
 from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.regularizers import Regularizer, Tikhonov, TotalVariation
 from bilevel_imaging.training.mean import bind_batch
@@ -31,11 +34,40 @@ REFINEMENTS = 6  # further weights between the two neighbors of the best one; ev
 
 
 def image_metrics(x: Tensor, x_true: Tensor) -> dict[str, list[float]]:
-    """PSNR in dB and SSIM of every image ``(B, C, H, W)``, for the range [0, 1]; values outside are not clipped."""
-    x, x_true = x.detach().double(), x_true.double()
+    """PSNR in dB and SSIM of every image ``(B, C, H, W)``, for the range [0, 1]; values outside are not clipped.
+
+    Two channels are real and imaginary part of a complex image, whose magnitude is compared.
+    """
+    x, x_true = magnitude(x.detach().double()), magnitude(x_true.double())
     with torch.no_grad():
         values = {"psnr": deepinv.metric.PSNR(max_pixel=1)(x, x_true), "ssim": deepinv.metric.SSIM()(x, x_true)}
     return {name: [float(v) for v in value.reshape(-1)] for name, value in values.items()}
+
+
+def viewable(batch: Batch) -> Tensor:
+    """The measurements as images of the shape of x: themselves where they are, else a simple first reconstruction.
+
+    For MRI the zero-filled A^T y; after a blur with "valid" padding y with its border repeated; else (super-resolution,
+    tomography) A^T y times the number with the smallest misfit.
+    """
+    x, y, physics = batch.x, batch.y, batch.physics
+    if isinstance(physics, MRI):
+        return physics.A_adjoint(y)
+    if y.shape == x.shape:
+        return y
+    if isinstance(physics, Blur):
+        rows, columns = x.shape[-2] - y.shape[-2], x.shape[-1] - y.shape[-1]
+        sides = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        return functional.pad(y, sides, mode="replicate")
+    return data_term(y, physics).initial()
+
+
+def viewable_pairs(pairs: ImagePairs) -> dict[int, Tensor]:
+    """:func:`viewable` of every measurement, ``(C, H, W)``, by ``ImagePairs.indices``."""
+    shown: dict[int, Tensor] = {}
+    for batch in pairs.batches(MAX_BATCH):
+        shown.update(zip(batch.indices.tolist(), viewable(batch).unbind(0), strict=True))
+    return shown
 
 
 def reconstruct_pairs(
@@ -186,7 +218,8 @@ class Evaluation:
 
     Attributes:
         names: of the images.
-        scores: metric ("psnr", "ssim") to method ("measurement", "learned", "grid_search") to values by image.
+        scores: metric ("psnr", "ssim") to method ("measurement", "learned", "grid_search") to values by image; those of
+            a measurement that is no image are those of :func:`viewable`.
         distance_bound: method to certified distances of its reconstructions to its minimizers, by image.
         pictures: images by method, "gt" included, ``(C, H, W)`` each, in the order of ``names``.
     """
@@ -235,7 +268,7 @@ def evaluate(energies: Mapping[str, VariationalEnergy], pairs: ImagePairs) -> Ev
         energies: by method name, e.g. "grid_search" and "learned".
         pairs: images and measurements, in float64 for the sharpest certificates.
     """
-    images = {MEASUREMENT: dict(zip(pairs.indices, pairs.y, strict=True))}
+    images = {MEASUREMENT: viewable_pairs(pairs)}
     distances: dict[str, list[float]] = {}
     for method, energy in energies.items():
         images[method], bounds = reconstruct_pairs(energy, pairs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel_imaging.data import magnitude
 from bilevel_imaging.training.checkpoints import atomic_write
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def reconstruction_figure(images: Mapping[str, Tensor], max_images: int = 4) -> 
             axis.set_axis_off()
             title = titles.get(name, name)
             if name in ("measurement", "reconstruction") and images[name].shape == images["gt"].shape:
-                title += f"\n{peak_signal_to_noise(images[name][i], images['gt'][i]):.2f} dB"
+                pair = magnitude(images[name][i]), magnitude(images["gt"][i])
+                title += f"\n{peak_signal_to_noise(*pair):.2f} dB"
             axis.set_title(title, fontsize=9)
     return figure
 

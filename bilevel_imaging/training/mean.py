@@ -17,7 +17,7 @@ from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.training.warm_starts import WarmStarts
-from bilevel_imaging.upper_level import SquaredError
+from bilevel_imaging.upper_level import SamplingPenalty, SquaredError
 
 # images solved together at most, so that memory does not grow with the data set
 DEFAULT_BATCH = 64
@@ -37,7 +37,9 @@ def bind_batch(energy: VariationalEnergy, batch: Batch) -> LowerLevelProblem:
     at_noise_level = getattr(energy.regularizer, "at_noise_level", None)
     if at_noise_level is not None and batch.noise_level is not None:
         regularizer = at_noise_level(batch.noise_level)
-        energy = VariationalEnergy(regularizer, ridge=energy.ridge, data_fidelity=energy.data_fidelity)
+        energy = VariationalEnergy(
+            regularizer, ridge=energy.ridge, data_fidelity=energy.data_fidelity, data_weight=energy.data_weight
+        )
     return energy.bind(batch.y, batch.physics)
 
 
@@ -61,6 +63,7 @@ class MeanObjective(abc.ABC):
         batch_size: most images solved together, ``None`` for 64; never changes a result by more than rounding.
         certificate: passed to :func:`bilevel_imaging.hypergradient`.
         warm: where the starts of the solvers are kept.
+        penalty: of theta, added to F; ``None`` for none.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class MeanObjective(abc.ABC):
         batch_size: int | None,
         certificate: str,
         warm: WarmStarts,
+        penalty: SamplingPenalty | None = None,
     ):
         self.energy = energy
         self.theta: dict[str, Tensor] = energy.theta
@@ -81,6 +85,7 @@ class MeanObjective(abc.ABC):
         self.batch_size = DEFAULT_BATCH if batch_size is None else batch_size
         self.certificate = certificate
         self.warm = warm
+        self.penalty = penalty
 
     @abc.abstractmethod
     def _next_chunks(self) -> list[Chunk]:
@@ -122,22 +127,26 @@ class MeanObjective(abc.ABC):
         chunks = self._next_chunks()
         if relative is None:
             parts = self._pass(chunks, error_tol=error_tol, residual_tol=residual_tol, bound_tol=bound_tol)
-            result = average(*parts)
+            result = self._penalized(average(*parts))
         else:
             result = self._relative(chunks, relative)
         self.warm.step_done()
         return result
 
     def _relative(self, chunks: list[Chunk], relative: float) -> Hypergradient:
-        result = average(*self._pass(chunks, relative=relative))
-        for _ in range(MAX_PASSES - 1 if len(chunks) > 1 else 0):
+        result = self._penalized(average(*self._pass(chunks, relative=relative)))
+        for _ in range(MAX_PASSES - 1 if len(chunks) > 1 or self.penalty is not None else 0):
             if not result.certified or result.bound <= relative * result.norm:
                 break
             cost = result.cost
-            result = average(*self._pass(chunks, bound_tol=0.9 * relative * result.norm), earlier=cost)
+            parts = self._pass(chunks, bound_tol=0.9 * relative * result.norm)
+            result = self._penalized(average(*parts, earlier=cost))
         if result.certified and result.bound <= relative * result.norm:
             return replace(result, reason="")  # what single batches fell short of does not matter
         return result
+
+    def _penalized(self, h: Hypergradient) -> Hypergradient:
+        return h if self.penalty is None else self.penalty.added_to(h)
 
     def _pass(self, chunks: list[Chunk], **accuracy: Any) -> tuple[list[Hypergradient], list[int]]:
         parts = []

@@ -18,7 +18,7 @@ from bilevel_imaging.linear_solvers import LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.training.mean import Chunk, MeanObjective
 from bilevel_imaging.training.warm_starts import WarmStarts
-from bilevel_imaging.upper_level import CertifiedValue
+from bilevel_imaging.upper_level import CertifiedValue, SamplingPenalty
 from bilevel_imaging.upper_level.quasi_newton import flatten
 
 
@@ -36,6 +36,7 @@ class BilevelObjective(MeanObjective):
         generator: order of the minibatches, on the CPU; required with ``minibatch``.
         certificate: passed to :func:`bilevel_imaging.hypergradient`.
         warm: where warm starts are kept; ``None`` for memory, with minibatches that of the CPU.
+        penalty: of theta, added to F; ``None`` for none.
 
     Raises:
         ValueError: from binding the energy (not strongly convex, wrong data), or a minibatch without a generator.
@@ -54,13 +55,14 @@ class BilevelObjective(MeanObjective):
         generator: torch.Generator | None = None,
         certificate: str = "auto",
         warm: WarmStarts | None = None,
+        penalty: SamplingPenalty | None = None,
     ):
         if minibatch is not None and generator is None:
             raise ValueError("Expected a torch.Generator for the order of the minibatches. Got None.")
         if warm is None:
             warm = WarmStarts(None if minibatch is None else "cpu")
         options = {"lower": lower, "linear": linear, "batch_size": batch_size, "certificate": certificate}
-        super().__init__(energy, loss, warm=warm, **options)
+        super().__init__(energy, loss, warm=warm, penalty=penalty, **options)
         self.pairs, self.minibatch, self.generator = pairs, minibatch, generator
         self._order = pairs.order(self.batch_size)
         # With minibatches all pairs are needed for a value only: stacking them for good would double the memory.
@@ -93,7 +95,7 @@ class BilevelObjective(MeanObjective):
         second order in the error when theta has moved little.
         """
         started, total = time.perf_counter(), Cost()
-        value = lower = upper = 0.0
+        value = lower = upper = 0.0 if self.penalty is None else self.penalty.value()
         points: dict[int, Tensor] = {}
         for chunk in self._all_chunks():
             before = chunk.problem.cost.copy()

@@ -14,7 +14,7 @@ from bilevel_imaging.linear_solvers import LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.training.mean import Chunk, MeanObjective
 from bilevel_imaging.training.warm_starts import NoWarmStarts
-from bilevel_imaging.upper_level import CertifiedValue
+from bilevel_imaging.upper_level import CertifiedValue, SamplingPenalty
 
 
 class RandomPatchObjective(MeanObjective):
@@ -31,6 +31,7 @@ class RandomPatchObjective(MeanObjective):
         linear: adjoint solver, ``None`` for conjugate gradients.
         batch_size: most images solved together; never changes a result by more than rounding.
         certificate: passed to :func:`bilevel_imaging.hypergradient`.
+        penalty: of theta, added to F; ``None`` for none.
 
     Raises:
         ValueError: from binding the energy (not strongly convex, wrong data).
@@ -46,6 +47,7 @@ class RandomPatchObjective(MeanObjective):
         linear: LinearSolver | None = None,
         batch_size: int | None = None,
         certificate: str = "auto",
+        penalty: SamplingPenalty | None = None,
     ):
         super().__init__(
             energy,
@@ -55,6 +57,7 @@ class RandomPatchObjective(MeanObjective):
             batch_size=batch_size,
             certificate=certificate,
             warm=NoWarmStarts(),
+            penalty=penalty,
         )
         self.patches = patches
         self.taken = 0

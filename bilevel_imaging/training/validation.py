@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
-from bilevel_imaging.training.evaluation import METRICS, image_metrics
+from bilevel_imaging.training.evaluation import METRICS, image_metrics, viewable, viewable_pairs
 from bilevel_imaging.training.mean import bind_batch
 
 # distance to the minimizer asked for: root mean square of the error of a pixel
@@ -41,11 +41,10 @@ class Validator:
     _measured: dict[str, float] = field(default_factory=dict, repr=False)
 
     def validate(self) -> dict[str, float]:
-        """Means over the images: ``psnr``, ``ssim``, and ``psnr_noisy`` of the measurements."""
+        """Means over the images: ``psnr``, ``ssim``, and ``psnr_noisy`` of the measurements (see :func:`viewable`)."""
         self._update()
         if not self._measured:
-            measurements = dict(zip(self.pairs.indices, self.pairs.y, strict=True))
-            self._measured = {"psnr_noisy": self._means(measurements)["psnr"]}
+            self._measured = {"psnr_noisy": self._means(viewable_pairs(self.pairs))["psnr"]}
         return self._means(self._points) | self._measured
 
     def images(self) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ class Validator:
             self._update()
         batch = self.pairs.batch(self.pairs.order(self.max_images)[0])
         shown = torch.stack([self._points[i] for i in batch.indices.tolist()])
-        return {"gt": batch.x, "measurement": batch.y, "reconstruction": shown}
+        return {"gt": batch.x, "measurement": viewable(batch), "reconstruction": shown}
 
     def _update(self) -> None:
         solver = NewtonCG() if self.solver is None else self.solver

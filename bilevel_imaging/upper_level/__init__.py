@@ -15,6 +15,7 @@ from bilevel_imaging.upper_level.conditions import (
 from bilevel_imaging.upper_level.first_order import FirstOrder
 from bilevel_imaging.upper_level.losses import LOSSES, SquaredError
 from bilevel_imaging.upper_level.maid import MAID
+from bilevel_imaging.upper_level.penalties import SamplingPenalty
 
 UPPER_LEVEL_METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
     "maid": MAID,
@@ -34,6 +35,7 @@ __all__ = [
     "FirstOrder",
     "Objective",
     "RelativeError",
+    "SamplingPenalty",
     "SquaredError",
     "StepReport",
     "SummableTolerances",
