@@ -161,7 +161,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--problem.kind=x", "problem.kind: expected one of denoising, deblurring, inpainting. Got 'x'"),
+        ("--problem.kind=x", "problem.kind: expected one of denoising, deblurring, inpainting, super_resolution, tomography, mri. Got 'x'"),
         ("--problem.sigma=-1", "problem.sigma: expected a finite number >= 0"),
         ("--problem.sigma=.nan", "problem.sigma: expected a finite number >= 0. Got nan"),
         ("--problem.sigma=high", "problem.sigma"),
