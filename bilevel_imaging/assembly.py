@@ -224,7 +224,8 @@ def make_data_weight(config: RunConfig) -> DataWeight | None:
         return None
     options = dict(problem.data_weight_options)
     if problem.has_weight_grid:
-        options.setdefault("shape", (size, size if problem.kind == "mri" else size // 2 + 1))
+        rows = 1 if options.pop("per_column", False) else size
+        options.setdefault("shape", (rows, size if problem.kind == "mri" else size // 2 + 1))
     return _call(DATA_WEIGHTS[problem.data_weight], options, "problem.data_weight_options", problem.data_weight)
 
 

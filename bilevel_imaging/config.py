@@ -101,8 +101,8 @@ class ProblemConfig:
             frequencies (one per frequency; denoising, circular deblurring, mri), mask (how much every entry of k-space
             is used: a sampling pattern; mri, with acceleration 1 for a choice of all). null for 1. The grid search that
             results are compared with always has 1.
-        data_weight_options: arguments of the weights by name: value or start at the start, and shape, [1, patch_size]
-            for whole columns; the default is one number per entry of the measurement of a patch.
+        data_weight_options: arguments of the weights by name, e.g. value (of noise and frequencies) or start (of mask)
+            at the start; per_column true for one number per column instead of one per entry of the grid.
     """
 
     kind: str = "denoising"
@@ -286,7 +286,8 @@ class UpperConfig:
         lr_scale: factors of lr by part of a parameter's name, e.g. {"regularizer.log_weight": 0.1}; the longest part
             that fits counts (first-order methods).
         sampling_penalty: with problem.data_weight mask: what measuring all of k-space costs, in the units of the loss,
-            which is 1/2 times the sum of the squared errors of an image; the mean of the mask is multiplied by it.
+            which is 1/2 times the sum of the squared errors of an image; the mean of the mask is multiplied by it. Set
+            regularizer.learn_weight to false: else the weight and the whole mask shrink together to avoid it.
         options: further arguments of the method by name.
     """
 

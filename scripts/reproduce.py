@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,7 +191,9 @@ def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | No
     figures = experiment.figures(record) if several else {"figure": experiment.figure(record)}
     written = [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
     if picture is not None:
-        written.append(save_figure(list(figures.values())[-1], picture))
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(written[-1], picture)
+        written.append(picture)
     text = json.dumps(record, indent=2) + "\n"
     for path in filter(None, [folder / "record.json", copy]):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,25 @@ import torch
 import yaml
 from PIL import Image
 
+from bilevel_imaging.assembly import evaluation_pairs
 from bilevel_imaging.cli import evaluate_main, read_config, train_main
-from bilevel_imaging.config import ProblemConfig, RunConfig, UpperConfig
-from bilevel_imaging.export import load_regularizer, reconstruct
-from bilevel_imaging.training import load_latest, read_metrics
-from bilevel_imaging.training.evaluation import evaluate, grid_search
+from bilevel_imaging.config import (
+    DEFAULT_RIDGE,
+    DataConfig,
+    ProblemConfig,
+    RegularizerConfig,
+    RunConfig,
+    UpperConfig,
+)
+from bilevel_imaging.data import Degradation, ImagePairs, photographs
+from bilevel_imaging.energies import FrequencyWeights, NoiseWeight, SamplingMask, VariationalEnergy
+from bilevel_imaging.export import load_regularizer, reconstruct, save_regularizer
+from bilevel_imaging.regularizers import NoiseConditional, TotalVariation
+from bilevel_imaging.training import BilevelObjective, load_latest, read_metrics
+from bilevel_imaging.training.evaluation import evaluate, grid_search, image_metrics, viewable_pairs
+from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.validation import Validator
+from bilevel_imaging.upper_level import SamplingPenalty
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -161,7 +175,10 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--problem.kind=x", "problem.kind: expected one of denoising, deblurring, inpainting, super_resolution, tomography, mri. Got 'x'"),
+        (
+            "--problem.kind=x",
+            "expected one of denoising, deblurring, inpainting, super_resolution, tomography, mri. Got 'x'",
+        ),
         ("--problem.sigma=-1", "problem.sigma: expected a finite number >= 0"),
         ("--problem.sigma=.nan", "problem.sigma: expected a finite number >= 0. Got nan"),
         ("--problem.sigma=high", "problem.sigma"),
@@ -184,6 +201,29 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ("--data.warm_starts=disk", "data.warm_starts: expected memory unless fixed patches come in minibatches"),
         ("--problem.sigma_range=[0.2,0.1]", "problem.sigma_range: expected finite numbers 0 <= low <= high"),
         ("--logging.validate_images=-1", "logging.validate_images: expected an integer >= 0"),
+        ("--problem.padding=valid", "problem.padding: denoising does not take it"),
+        ("--problem.padding=mirror", "problem.padding: expected one of circular, valid, reflect, replicate, constant"),
+        ("--problem.kind=super_resolution --problem.factor=1", "problem.factor: expected an integer >= 2"),
+        ("--problem.kind=tomography --problem.views=0", "problem.views: expected an integer >= 1"),
+        ("--problem.kind=mri --problem.acceleration=0.5", "problem.acceleration: expected a finite number >= 1"),
+        ("--problem.kind=mri --problem.center_fraction=0", "problem.center_fraction: expected a number in (0, 1]"),
+        ("--problem.kind=mri --problem.acceleration=20", "Expected an acceleration of at most"),
+        ("--problem.kind=mri --data.color=true", "data.color: mri reconstructs complex images"),
+        ("--problem.kind=tomography --problem.ridge=0", "problem.ridge: expected a finite number > 0 for tomography"),
+        ("--problem.data_weight=phases", "problem.data_weight: expected one of noise, frequencies, mask"),
+        ("--problem.data_weight=mask", "problem.data_weight: mask is for mri. Got denoising"),
+        ("--problem.kind=inpainting --problem.data_weight=frequencies", "problem.data_weight: frequencies is for"),
+        (
+            "--problem.kind=deblurring --problem.padding=valid --problem.data_weight=frequencies",
+            "Got deblurring with padding valid",
+        ),
+        ('--problem.data_weight_options={"value":2}', "problem.data_weight_options: expected problem.data_weight"),
+        (
+            '--problem.data_weight=noise --problem.data_weight_options={"start":2}',
+            "problem.data_weight_options: noise: got an unexpected keyword argument 'start'",
+        ),
+        ("--upper.sampling_penalty=1", "upper.sampling_penalty: expected problem.data_weight mask. Got null"),
+        ("--upper.sampling_penalty=-1", "upper.sampling_penalty: expected a finite number >= 0"),
         ("--lower.solver=foo", "lower.solver: expected one of"),
         ("--regularizer.kind=tikhonov --regularizer.isotropic=false", "regularizer.isotropic: tikhonov"),
         ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),
@@ -227,7 +267,6 @@ def test_random_patches_from_end_to_end(tmp_path, capsys):
 
 def test_baseline_is_chosen_on_few_patches_from_everywhere_with_the_noise_of_tests(tmp_path):
     from bilevel_imaging import assembly
-    from bilevel_imaging.config import DataConfig
 
     data = DataConfig(patch_size=16, patches_per_image=50, random_patches=True)
     problem, upper = ProblemConfig(sigma=0.2, sigma_range=(0.0, 0.01)), UpperConfig("adam", minibatch=2)
@@ -243,7 +282,7 @@ def test_baseline_is_chosen_on_few_patches_from_everywhere_with_the_noise_of_tes
 
 def test_validation_may_look_at_a_few_images(tmp_path):
     from bilevel_imaging import assembly
-    from bilevel_imaging.config import DataConfig, LoggingConfig
+    from bilevel_imaging.config import LoggingConfig
     from bilevel_imaging.training_run import make_trainer
 
     data = DataConfig(patch_size=24, patches_per_image=1, max_images=3, eval_size=32)
@@ -289,6 +328,173 @@ def test_shipped_configurations_run(path, tmp_path):
     assert train_main([f"--config={path}", f"--output={tmp_path / 'run'}", *options]) == 0
 
 
+def test_data_weights_from_end_to_end(tmp_path, capsys):
+    sampling, noise = tmp_path / "sampling", tmp_path / "noise"
+    mask = ["--problem.kind=mri", "--problem.acceleration=1", "--problem.data_weight=mask"]
+    adam = ["--upper.method=adam", "--upper.max_steps=3", "--upper.sampling_penalty=5", "--upper.lr=0.3"]
+    options = '--problem.data_weight_options={"per_column":true,"start":0.8}'
+    assert train_main([f"--output={sampling}", *TINY, *mask, *adam, options, "--logging.tensorboard=true"]) == 0
+    prior = load_regularizer(sampling / "regularizer.safetensors")
+    weight = prior.data_weight
+    assert isinstance(weight, SamplingMask) and weight.mask.shape == (1, 24) and not weight.learned
+    assert set(prior.state_dict()) == {"log_weight", "log_smoothing"}
+    summary = json.loads((sampling / "summary.json").read_text())
+    assert summary["parameters"]["sampled"] == pytest.approx(float(weight.mask.mean())) and weight.mask.std() > 0
+    assert evaluate_main([str(sampling), f"--json={tmp_path / 'e.json'}"]) == 0
+    again = json.loads((tmp_path / "e.json").read_text())
+    assert again["psnr"] == pytest.approx(summary["psnr"], abs=1e-6)
+    batch = evaluation_pairs(read_config(sampling), "test").batch([0])
+    assert batch.x.shape == (1, 2, 24, 24)
+    x, info = reconstruct(batch.y, batch.physics, prior, error_tol=1e-8)
+    energy = VariationalEnergy(prior, ridge=prior.ridge, data_weight=weight)
+    assert energy.bind(batch.y, batch.physics).grad(x).norm() < 1e-6 and float(info.distance_bound[0]) <= 1e-8
+    assert VariationalEnergy(prior, ridge=prior.ridge).bind(batch.y, batch.physics).grad(x).norm() > 1e-2
+    assert "learned data weights are for 24x24" in fails(capsys, str(sampling), "--crop=32", command=evaluate_main)
+    learn = ["--problem.data_weight=noise", "--problem.kind=tomography", "--problem.views=9", "--upper.max_steps=2"]
+    assert train_main([f"--output={noise}", *TINY, *learn, "--logging.evaluate=false"]) == 0
+    summary = json.loads((noise / "summary.json").read_text())
+    value = summary["parameters"]["data_weight.log_weight"]
+    assert summary["parameters"]["data_weight"] == pytest.approx(math.exp(value)) and value != 0
+    step = read_metrics(noise / "metrics.jsonl")[-2]
+    assert value == pytest.approx(step["params"]["data_weight.log_weight"])
+
+
+def test_the_sampling_penalty_is_part_of_loss_and_hypergradient():
+    from bilevel_imaging import assembly
+
+    data, upper = DataConfig(patch_size=16, max_images=3, batch_size=2), UpperConfig(sampling_penalty=7.0)
+    problem = ProblemConfig("mri", data_weight="mask", acceleration=1.0, ridge=1e-2, dtype="float64")
+    config = RunConfig(data=data, problem=problem, upper=upper)
+    energy = assembly.make_energy(config)
+    with torch.no_grad():
+        energy.data_weight.logits += torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    objective = assembly.make_objective(config, energy, assembly.training_pairs(config))
+    plain = assembly.make_objective(replace(config, upper=UpperConfig()), energy, assembly.training_pairs(config))
+    h, without = (o.hypergradient(error_tol=1e-7, residual_tol=1e-7) for o in (objective, plain))
+    mask = torch.sigmoid(energy.data_weight.logits.detach())
+    assert h.bound == without.bound < 1e-3 and h.relative_bound == pytest.approx(h.bound / h.norm)
+    assert h.loss - without.loss == pytest.approx(7 * float(mask.mean()))
+    assert h.loss_interval[0] - without.loss_interval[0] == pytest.approx(7 * float(mask.mean()))
+    values = []
+    direction = torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            energy.data_weight.logits += step * direction
+        values.append(objective.value(1e-9).value)
+    slope = float((h.grad["data_weight.logits"] * direction).sum())
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-4)
+    tight = objective.hypergradient(relative=1e-3)
+    assert tight.certified and tight.bound <= 1e-3 * tight.norm
+
+
+def test_relative_accuracy_is_that_of_loss_and_penalty_together():
+    from bilevel_imaging import assembly
+
+    problem = ProblemConfig("mri", data_weight="mask", data_weight_options={"shape": [1, 1]}, dtype="float64")
+    fixed = RegularizerConfig(learn_weight=False, learn_smoothing=False)
+    config = RunConfig(data=DataConfig(patch_size=16, max_images=1), problem=problem, regularizer=fixed)
+    energy, pairs = assembly.make_energy(config), assembly.training_pairs(config)
+    h = assembly.make_objective(config, energy, pairs).hypergradient(error_tol=1e-8, residual_tol=1e-8)
+    slope, mask = float(h.grad["data_weight.logits"]), float(energy.data_weight.mask.detach())
+    assert slope < 0
+    # 99.9 % of what the loss gains from a larger mask: an accuracy relative to the loss alone would not do
+    penalty = SamplingPenalty(energy, -0.999 * slope / (mask * (1 - mask)))
+    result = BilevelObjective(energy, pairs, penalty=penalty).hypergradient(relative=0.5)
+    assert result.norm == pytest.approx(0.001 * abs(slope), rel=0.5)
+    assert result.certified and result.bound <= 0.5 * result.norm
+
+
+@pytest.mark.parametrize("padding", ["valid", "reflect"])
+def test_paddings_run(padding, tmp_path):
+    options = ["--problem.kind=deblurring", f"--problem.padding={padding}", "--upper.max_steps=2"]
+    assert (
+        train_main([f"--output={tmp_path / 'run'}", *TINY, *options, "--problem.sigma=0.02", "--data.max_images=1"])
+        == 0
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["psnr"]["learned"] > summary["psnr"]["measurement"] > 15
+
+
+@pytest.mark.parametrize("kind", ["super_resolution", "tomography", "mri"])
+def test_random_patches_of_every_operator(kind, tmp_path):
+    options = ["--upper.method=adam", "--upper.minibatch=2", "--upper.max_steps=2", "--data.random_patches=true"]
+    problem = [f"--problem.kind={kind}", "--problem.views=9", "--problem.sigma=0.01", "--regularizer.weight=0.003"]
+    assert train_main([f"--output={tmp_path / 'run'}", *TINY, *options, *problem]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["psnr"]["learned"] > summary["psnr"]["measurement"] > 10
+    assert (tmp_path / "run" / "pictures" / "evaluation.png").exists()
+
+
+def test_measurements_are_shown_and_scored_as_images():
+    x = photographs(part="test")["camera"][:, 200:232, 200:232]
+    for kind, padding in (("super_resolution", "circular"), ("tomography", "circular"), ("deblurring", "valid")):
+        degradation = Degradation(kind, 0.0, padding=padding, blur_size=5, views=20)
+        pairs = ImagePairs.build({"a": x}, degradation)
+        shown = viewable_pairs(pairs)[0]
+        assert shown.shape == x.shape != pairs.y[0].shape
+        assert image_metrics(shown[None], x[None])["psnr"][0] > 15, kind
+    assert torch.equal(shown[:, 2:-2, 2:-2], pairs.y[0])
+    full = ImagePairs.build({"a": x}, Degradation("mri", 0.0, acceleration=1.0))
+    assert torch.allclose(viewable_pairs(full)[0], full.x[0], atol=1e-12)
+    same = ImagePairs.build({"a": x}, Degradation())
+    assert torch.equal(viewable_pairs(same)[0], same.y[0])
+
+
+def test_complex_images_are_scored_by_their_magnitudes():
+    x = torch.rand(2, 1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    angle = torch.linspace(0, 6, 24, dtype=torch.float64)
+    turned = torch.cat([x * angle.cos(), x * angle.sin()], 1)
+    noisy = x + 0.1
+    assert image_metrics(torch.cat([noisy, 0 * x], 1), turned)["psnr"] == pytest.approx([20.0, 20.0])
+    expected = image_metrics(noisy, x)
+    for name, values in image_metrics(torch.cat([0 * x, noisy], 1), turned).items():
+        assert values == pytest.approx(expected[name])
+
+
+@pytest.mark.parametrize("weight", [NoiseWeight(2.5), FrequencyWeights((1, 9), 3.0), SamplingMask((8, 8), 0.3)])
+def test_data_weights_are_exported_beside_the_regularizer(weight, tmp_path):
+    with torch.no_grad():
+        weight.parameter.add_(torch.rand_like(weight.parameter))
+    path = save_regularizer(tmp_path / "r.safetensors", TotalVariation(), data_weight=weight)
+    loaded = load_regularizer(path)
+    assert type(loaded.data_weight) is type(weight) and torch.equal(loaded.data_weight.weights(), weight.weights())
+    assert not list(loaded.children()) and loaded.state_dict().keys() == TotalVariation().state_dict().keys()
+    assert load_regularizer(save_regularizer(path, TotalVariation())).data_weight is None
+
+
+def test_data_weights_hold_at_every_noise_level():
+    prior = NoiseConditional({"kind": "total_variation"}, nodes=(0.05, 0.2))
+    energy = VariationalEnergy(prior, data_weight=NoiseWeight(4.0))
+    batch = ImagePairs.build({"a": torch.rand(1, 8, 8)}, Degradation(sigma=0.1)).batch([0])
+    expected = VariationalEnergy(prior.at_noise_level(0.1), data_weight=energy.data_weight)
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    value = expected.bind(batch.y, batch.physics).value(x)
+    assert torch.allclose(bind_batch(energy, batch).value(x), value) and "data_weight.log_weight" in energy.theta
+
+
+def test_tomography_evaluates_squares_of_images_of_any_shape(tmp_path):
+    from bilevel_imaging import assembly
+
+    config = RunConfig(problem=ProblemConfig("tomography", views=5))
+    images = [("wide", torch.rand(1, 20, 31, dtype=torch.float64)), ("square", torch.rand(1, 26, 26).double())]
+    whole = assembly.evaluation_pairs(config, "test", images, crop=0)
+    assert [tuple(x.shape) for x in whole.x] == [(1, 20, 20), (1, 26, 26)]
+    assert torch.equal(whole.x[0], images[0][1][:, :, 5:25])
+
+
+def test_default_ridges_make_every_kind_strongly_convex():
+    from bilevel_imaging import assembly
+
+    for kind, ridge in DEFAULT_RIDGE.items():
+        config = RunConfig(
+            data=DataConfig(patch_size=16, max_images=1), problem=ProblemConfig(kind, views=5)
+        ).resolved()
+        assert config.problem.ridge == ridge
+        pairs = assembly.training_pairs(config)
+        constants = assembly.make_objective(config, assembly.make_energy(config), pairs).constants()
+        assert float(constants.strong_convexity[0]) >= 1e-4 and float(constants.smoothness[0]) < float("inf")
+
+
 def test_default_is_the_denoising_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text((ROOT / "scripts/configs/tv_denoise.yaml").read_text())
     assert read_config(tmp_path).resolved().differences(RunConfig().resolved()) == []
@@ -309,8 +515,7 @@ def test_configuration_round_trip_and_differences():
 
 
 def test_grid_search_finds_the_minimum_on_the_training_images():
-    from bilevel_imaging import TotalVariation, assembly
-    from bilevel_imaging.config import DataConfig
+    from bilevel_imaging import assembly
 
     config = RunConfig(data=DataConfig(patch_size=24, patches_per_image=1, max_images=3, eval_size=48))
     pairs = assembly.training_pairs(config)

@@ -210,9 +210,8 @@ def test_linear_reconstructions():
     ct = Problem("ct", views=180, noise=1e-6)
     batch = ct.measure(stack, [20]).batch([0])
     fbp = ct.linear(batch.y, batch.physics)
-    # right up to the smoothing of edges: not off by a factor
-    assert float((fbp * batch.x).sum() / batch.x.square().sum()) == pytest.approx(1, abs=0.05)
-    assert float((fbp - batch.x).norm() / batch.x.norm()) < 0.3
+    reference = Tomography(180, 64, circle=False, normalize=False)
+    torch.testing.assert_close(fbp, reference.fbp(reference.A(batch.x)), rtol=0, atol=1e-3)
     mri = Problem("mri", acceleration=1.0, noise=1e-6)
     batch = mri.measure(stack, [20]).batch([0])
     assert batch.x.shape == (1, 2, 64, 64) and float(batch.x[:, 1].abs().max()) == 0
@@ -253,9 +252,9 @@ def test_only_scalars_are_adapted_from_a_start_for_the_noise():
     original = small_ridge()
     made = medical_learning.rescalable(original, 1e-4)
     assert {n for n, p in made.named_parameters() if p.requires_grad} == {"log_weight", "log_scale"}
-    assert float(made.log_weight - original.log_weight) == pytest.approx(math.log(1e-4 / 0.1**2))
+    assert float((made.log_weight - original.log_weight).detach()) == pytest.approx(math.log(1e-4 / 0.1**2))
     unknown = medical_learning.rescalable(small_ridge(None), 1e-4)
-    assert float(unknown.log_weight) == float(original.log_weight)
+    assert torch.equal(unknown.log_weight, original.log_weight)
     with pytest.raises(ValueError, match="log_weight to adapt it"):
         medical_learning.rescalable(Nameless(), 1.0)
 
@@ -272,10 +271,10 @@ class Nameless(TotalVariation):
 def record(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    problem = Problem(request.param, views=VIEWS, acceleration=3.0, ridge=1e-3)
+    problem = Problem(request.param, views=VIEWS, acceleration=3.0, noise=0.05, ridge=1e-2)
     original = small_ridge()
     before = {name: t.clone() for name, t in original.state_dict().items()}
-    made = medical.run(problem, None, {"ridge": original}, size=SIZE, slices=(2, 1, 2), train=3)
+    made = medical.run(problem, None, {"ridge": original}, size=SIZE, slices=(1, 1, 2), train=2)
     assert all(torch.equal(t, before[name]) for name, t in original.state_dict().items())
     yield made
     torch.set_num_threads(threads)
@@ -288,7 +287,7 @@ def test_record(record):
     linear = "filtered backprojection" if record["settings"]["problem"]["kind"] == "ct" else "zero filled"
     assert list(record["methods"]) == [linear, "TV, grid search", "TV, MAID", "ridge, adapted", "ridge, trained"]
     settings = record["settings"]
-    assert [len(settings["slices"][part]) for part in ("train", "validation", "test")] == [2, 1, 2]
+    assert [len(settings["slices"][part]) for part in ("train", "validation", "test")] == [1, 1, 2]
     assert "contiguous block" in settings["split"] and {"torch", "bilevel_imaging"} <= record["environment"].keys()
 
 
@@ -329,8 +328,8 @@ def test_learning_lowers_losses(record):
     adapted, trained = learned["ridge, adapted"], learned["ridge, trained"]
     assert set(adapted["values"]) == {"weight", "scale"}
     losses = trained["validation_loss"]
-    assert losses[str(trained["chosen_step"])] == min(losses.values()) and set(losses) == {"0", "1", "2", "3"}
-    assert trained["certified_steps"] == 3 and trained["parameters"] > 2
+    assert losses[str(trained["chosen_step"])] == min(losses.values()) and set(losses) == {"0", "1", "2"}
+    assert trained["certified_steps"] == 2 and trained["parameters"] > 2
 
 
 def test_report(record):
@@ -375,14 +374,14 @@ def test_command(command, tmp_path, capsys):
         Image.fromarray(pixels).save(tmp_path / "volume" / f"{name}.png")
     save_regularizer(tmp_path / "small.safetensors", small_ridge(), noise_level=0.1)
     options = ["--images", str(tmp_path / "volume"), "--size", "32", "--views", "6", "--slices", "1", "1", "1"]
-    options += ["--regularizer", str(tmp_path / "small.safetensors"), "--ridge", "0.001"]
+    options += ["--regularizer", str(tmp_path / "small.safetensors"), "--ridge", "0.01", "--noise", "0.05"]
     out, picture = tmp_path / "out", tmp_path / "picture.png"
     assert command.main(["ct", *options, "--output", str(out), "--figure", str(picture)]) == 0
     record = json.loads((out / "record.json").read_text())
     assert "small, adapted" in record["methods"] and str(tmp_path) not in json.dumps(record)
     assert picture.read_bytes() == (out / "reconstructions.png").read_bytes()
     learned = load_regularizer(out / "small_adapted.safetensors")
-    assert learned.ridge == 0.001 and learned.metadata["problem"]["views"] == 6
+    assert learned.ridge == 0.01 and learned.metadata["problem"]["views"] == 6
     values = record["methods"]["small, adapted"]["learning"]["values"]
     assert math.exp(float(learned.log_weight)) == pytest.approx(values["weight"])
     capsys.readouterr()
