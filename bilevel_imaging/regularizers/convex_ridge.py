@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,18 +99,9 @@ class ConvexRidge(RidgeRegularizer):
             "learn_filters": self.filter_layers[0].requires_grad,
         }
 
-    def rescaled(self, weight: float, scale: float) -> ConvexRidge:
-        """weight / scale * R(scale x), a copy; for another noise level or operator.
-
-        Raises:
-            ValueError: if one of them is not a positive number.
-        """
-        changes = [float(positive_parameter(v, n, False).detach()) for v, n in ((weight, "weight"), (scale, "scale"))]
-        other = copy.deepcopy(self)
-        with torch.no_grad():
-            other.log_weight += changes[0]
-            other.log_scale += changes[1]
-        return other
+    def stretch(self, log_scale: float) -> None:
+        """See ``RidgeRegularizer``."""
+        self.log_scale += log_scale
 
     def profile(self, like: Tensor) -> Profile:
         count = self.filter_layers[-1].shape[0]

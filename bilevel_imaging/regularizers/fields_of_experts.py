@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -93,18 +92,9 @@ class FieldsOfExperts(RidgeRegularizer):
             "learn_filters": layer.requires_grad,
         }
 
-    def rescaled(self, weight: float, scale: float) -> FieldsOfExperts:
-        """weight / scale * R(scale x), a copy; for another noise level or operator.
-
-        Raises:
-            ValueError: if one of them is not a positive number.
-        """
-        changes = [float(positive_parameter(v, n, False).detach()) for v, n in ((weight, "weight"), (scale, "scale"))]
-        other = copy.deepcopy(self)
-        with torch.no_grad():
-            other.log_weight += changes[0]
-            other.log_smoothings -= changes[1]  # phi(scale t; nu) = scale phi(t; nu / scale)
-        return other
+    def stretch(self, log_scale: float) -> None:
+        """See ``RidgeRegularizer``: phi(scale t; nu) = scale phi(t; nu / scale)."""
+        self.log_smoothings -= log_scale
 
     def profile(self, like: Tensor) -> Profile:
         weight = (self.log_weight.double() + self.log_weights.double()).exp()

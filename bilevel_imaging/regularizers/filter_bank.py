@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel_imaging.regularizers.filter_chain import transfer_power
+
 BOUNDARIES = ("symmetric", "zero")
 # images and rows of a field ``(B P, H, W, K)``
 Part = tuple[slice, slice]
@@ -83,6 +85,11 @@ class FilterBank:
         return out
 
     @cached_property
+    def absolute(self) -> FilterBank:
+        """The same with the absolute values of the filters."""
+        return FilterBank(self.kernels.abs(), self.boundary, self.planes)
+
+    @cached_property
     def _matrix(self) -> Tensor:
         return self.kernels.flatten(1)
 
@@ -151,14 +158,8 @@ class FilterBank:
 
     @cached_property
     def power(self) -> Tensor:
-        """sum_c |w_kc^|^2 on a fine grid of frequencies, ``(K, n)`` float64, times what the grid may miss.
-
-        A trigonometric polynomial of degree d is at most 1 / cos(pi d / n) times its largest value on n equispaced
-        points (Ehlich & Zeller 1964), in each of the two directions.
-        """
-        points = 2 ** math.ceil(math.log2(16 * self.size))
-        spectrum = torch.fft.rfft2(self.kernels.double(), s=(points, points)).abs().square().sum(1)
-        return spectrum.flatten(1) / math.cos(math.pi * (self.size - 1) / points) ** 2
+        """sum_c |w_kc^|^2, ``(K, n)`` float64; see ``transfer_power``."""
+        return transfer_power(self.kernels).sum(1)
 
     def squared_norm(self, weights: Tensor) -> Tensor:
         """Upper bound of lambda_max(sum_k weights_k W_k^T W_k) for weights >= 0, ``(..., K)`` to ``(...)`` float64."""

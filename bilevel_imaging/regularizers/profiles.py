@@ -90,9 +90,16 @@ class Profile(abc.ABC):
     def slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """psi'(z) and psi''(z), new tensors."""
 
+    @blockwise
     def primal_dual(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """(c, psi'(z)) with c = (psi'(z) / z) (1 - u (psi' - z psi'') / psi'^2), between psi'' and twice psi' / z."""
-        return _primal_dual(self, z, u)
+        slope, curvature = self.slope_and_curvature(z)
+        reciprocal = z.reciprocal()
+        c = (slope - u).mul_(reciprocal).addcdiv_(u * curvature, slope)
+        most = torch.maximum(reciprocal.mul_(slope), curvature).mul_(2)
+        # at z = 0, where this is 0 / 0, both are psi''
+        c = torch.minimum(torch.maximum(c, curvature), most)
+        return torch.where(c.isfinite(), c, curvature), slope
 
     @abc.abstractmethod
     def change(self, z: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,30 +114,24 @@ class Profile(abc.ABC):
         """d/dtheta sum psi'(z) g, by parameter name, in the stored parameters."""
 
 
-@blockwise
-def _primal_dual(profile: Profile, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    slope, curvature = profile.slope_and_curvature(z)
-    reciprocal = z.reciprocal()
-    c = (slope - u).mul_(reciprocal).addcdiv_(u * curvature, slope)
-    most = torch.maximum(reciprocal.mul_(slope), curvature).mul_(2)
-    # at z = 0, where this is 0 / 0, both are psi''
-    c = torch.minimum(torch.maximum(c, curvature), most)
-    return torch.where(c.isfinite(), c, curvature), slope
+def _smoothed_absolute(t: Tensor, nu: Tensor) -> Tensor:
+    return 1 / (t * t + nu * nu).rsqrt() - nu
 
 
-def smoothed_absolute(t: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sqrt(t^2 + nu^2) - nu and its first two derivatives."""
+def _smoothed_absolute_derivatives(t: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
     squared = nu * nu
     reciprocal = (t * t + squared).rsqrt()
-    return 1 / reciprocal - nu, t * reciprocal, squared * reciprocal**3
+    return t * reciprocal, squared * reciprocal**3
 
 
-def log_cosh(t: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """nu log cosh(t / nu) and its first two derivatives."""
+def _log_cosh(t: Tensor, nu: Tensor) -> Tensor:
     size = (t / nu).abs()
+    return nu * (size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
+
+
+def _log_cosh_derivatives(t: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
     slope = torch.tanh(t / nu)
-    value = nu * (size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
-    return value, slope, (1 - slope * slope) / nu
+    return slope, (1 - slope * slope) / nu
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,15 @@ class Family:
     """phi_nu(t) = nu phi_1(t / nu), even, convex, with phi'' falling in |t| and |phi'''| rising up to ``peak`` nu only.
 
     Attributes:
-        derivatives: (t, nu) to phi, phi', phi''.
+        value: (t, nu) to phi.
+        derivatives: (t, nu) to phi', phi''.
         third: (|t|, nu) to |phi'''|.
         peak: where |phi'''| is largest, in units of nu.
         third_limit: sup |phi'''| nu^2.
     """
 
-    derivatives: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    value: Callable[[Tensor, Tensor], Tensor]
+    derivatives: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     third: Callable[[Tensor, Tensor], Tensor]
     peak: float
     third_limit: float
@@ -160,8 +163,12 @@ def _log_cosh_third(t: Tensor, nu: Tensor) -> Tensor:
 
 
 FAMILIES = {
-    "smoothed_absolute": Family(smoothed_absolute, _smoothed_absolute_third, 0.5, 48 / (25 * math.sqrt(5))),
-    "log_cosh": Family(log_cosh, _log_cosh_third, math.atanh(1 / math.sqrt(3)), 4 / (3 * math.sqrt(3))),
+    "smoothed_absolute": Family(
+        _smoothed_absolute, _smoothed_absolute_derivatives, _smoothed_absolute_third, 0.5, 48 / (25 * math.sqrt(5))
+    ),
+    "log_cosh": Family(
+        _log_cosh, _log_cosh_derivatives, _log_cosh_third, math.atanh(1 / math.sqrt(3)), 4 / (3 * math.sqrt(3))
+    ),
 }
 
 
@@ -188,17 +195,17 @@ class ScaledFamily(Profile):
 
     @blockwise
     def value(self, z: Tensor) -> Tensor:
-        value = self.weight * self.family.derivatives(z, self.nu)[0]
+        value = self.weight * self.family.value(z, self.nu)
         return value if self.tilt is None else value + self.tilt * z
 
     @blockwise
     def slope(self, z: Tensor) -> Tensor:
-        slope = self.weight * self.family.derivatives(z, self.nu)[1]
+        slope = self.weight * self.family.derivatives(z, self.nu)[0]
         return slope if self.tilt is None else slope + self.tilt
 
     @blockwise
     def slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        _, slope, curvature = self.family.derivatives(z, self.nu)
+        slope, curvature = self.family.derivatives(z, self.nu)
         slope, curvature = slope.mul_(self.weight), curvature.mul_(self.weight)
         return (slope if self.tilt is None else slope.add_(self.tilt)), curvature
 
@@ -208,7 +215,7 @@ class ScaledFamily(Profile):
         low, high = (size - reach).clamp_(min=0), size + reach
         at = torch.minimum(torch.maximum(self.family.peak * self.nu, low), high)
         third = self.family.third(at, self.nu)
-        return third.mul_(self.weight), self.family.derivatives(high, self.nu)[2].mul_(self.weight)
+        return third.mul_(self.weight), self.family.derivatives(high, self.nu)[1].mul_(self.weight)
 
     def blocks(self, z: Tensor, slope: Tensor, curvature: Tensor) -> list[Block]:
         found = []

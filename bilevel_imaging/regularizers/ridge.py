@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import abc
-import math
-from collections.abc import Iterator
-from typing import Any
+import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bilevel_imaging.derivatives import Constants, Linearization
-from bilevel_imaging.regularizers.base import Regularizer
-from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank
+from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
+from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, Part
 from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
 from bilevel_imaging.regularizers.profiles import Profile
 from bilevel_imaging.regularizers.ridge_linearization import RidgeLinearization
-
-# responses evaluated together: on a CPU what a core's own cache holds
-CHUNK = {"cpu": 2**18, "cuda": 2**27}
 
 
 class RidgeRegularizer(Regularizer):
@@ -29,6 +25,8 @@ class RidgeRegularizer(Regularizer):
     parametrizations: every value of the parameters is admissible. Filters of one channel act on every channel of a
     color or complex image.
 
+    A subclass adds the common weight of its potentials, ``log_weight``, and the parameters of their shape.
+
     Args:
         filters: the layers, ``(features_l, features_{l-1}, s_l, s_l)`` with the image channels as features_0; s_l odd.
         boundary: how images are continued: "symmetric" or "zero".
@@ -37,6 +35,8 @@ class RidgeRegularizer(Regularizer):
     Raises:
         ValueError: layers that do not fit each other, filters of even size, or an unknown boundary.
     """
+
+    log_weight: nn.Parameter
 
     def __init__(self, filters: list[Tensor], boundary: str, learn_filters: bool):
         super().__init__()
@@ -61,6 +61,23 @@ class RidgeRegularizer(Regularizer):
     def channels(self) -> int:
         """Channels of the images."""
         return self.filter_layers[0].shape[1]
+
+    @abc.abstractmethod
+    def stretch(self, log_scale: float) -> None:
+        """Replace psi_k(t) by psi_k(scale t) / scale, in place."""
+
+    def rescaled(self, weight: float, scale: float) -> Self:
+        """weight / scale * R(scale x), a copy; for another noise level or operator.
+
+        Raises:
+            ValueError: if one of them is not a positive number.
+        """
+        changes = [float(positive_parameter(v, n, False).detach()) for v, n in ((weight, "weight"), (scale, "scale"))]
+        other = copy.deepcopy(self)
+        with torch.no_grad():
+            other.log_weight += changes[0]
+            other.stretch(changes[1])
+        return other
 
     @abc.abstractmethod
     def profile(self, like: Tensor) -> Profile:
@@ -96,12 +113,6 @@ class RidgeRegularizer(Regularizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_frozen": {}}
 
-    def chunks(self, shape: torch.Size | tuple[int, ...], count: int, device: torch.device) -> Iterator[slice]:
-        """Parts of a batch whose responses to ``count`` filters are evaluated together."""
-        size = math.prod(shape[1:]) // self.channels * count
-        step = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // size)
-        return (slice(start, start + step) for start in range(0, shape[0], step))
-
     def _planes(self, x: Tensor) -> int:
         """How often the filters are applied to an image: once, or to every channel if they have one."""
         if x.dim() != 4 or (self.channels > 1 and x.shape[1] != self.channels):
@@ -120,8 +131,10 @@ class RidgeRegularizer(Regularizer):
             bank, profile = self._bank(x), self.profile(x)
             return profile.value(bank.apply(x)).flatten(1).sum(1)
         bank, profile = self.frozen(x)
-        parts = self.chunks(x.shape, len(bank.kernels), x.device)
-        return torch.cat([profile.value(bank.apply(x[part])).flatten(1).sum(1) for part in parts])
+        values = x.new_zeros(len(x) * bank.planes)
+        for (images, _), z in bank.responses(x):
+            values[images] += profile.value(z).flatten(1).sum(1)
+        return values.view(len(x), -1).sum(1)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled():
@@ -151,14 +164,15 @@ class RidgeRegularizer(Regularizer):
         with torch.no_grad():
             x = x.detach().float()  # a size needs no more
             bank, profile = self.frozen(x)
-            absolute = FilterBank(bank.kernels.abs(), self.boundary, bank.planes)
-            scale = []
-            for part in self.chunks(x.shape, len(bank.kernels), x.device):
-                slope, curvature = profile.slope_and_curvature(bank.apply(x[part]))
+            responses = bank.responses(x)
+
+            def terms(size: Tensor, part: Part) -> Tensor:
+                _, z = next(responses)
+                slope, curvature = profile.slope_and_curvature(z)
                 # responses are rounded relative to what they are summed from, and psi' follows them
-                terms = slope.abs_().addcmul_(curvature, absolute.apply(x[part].abs()))
-                scale.append(absolute.adjoint(terms).double().flatten(1).norm(dim=1))
-            return 1.001 * torch.cat(scale)
+                return slope.abs_().addcmul_(curvature, size)
+
+            return 1.001 * bank.absolute.through(x.abs(), terms).double().flatten(1).norm(dim=1)
 
     def kernel_sensitivity(self) -> float:
         """Bound of the norm of the derivative of the filters in the parameters behind them."""

@@ -10,6 +10,7 @@ with psi'' + m of the same response, so that no constant of the whole image ente
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,21 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, LocalChange, NewtonModel
 from bilevel_imaging.regularizers.filter_bank import Part
+from bilevel_imaging.regularizers.profiles import Block
 from bilevel_imaging.regularizers.ridge_newton import RidgeNewtonModel
 from bilevel_imaging.tensors import norm
 
 if TYPE_CHECKING:
     from bilevel_imaging.regularizers.ridge import RidgeRegularizer
+
+
+# responses of whole images evaluated together for bounds: on a CPU what a core's own cache holds
+IMAGES = {"cpu": 2**18, "cuda": 2**27}
+
+
+def _together(block: Block, squares: Tensor) -> Tensor:
+    """Square of the norm of a block of columns from those of every filter, ``(B, K)`` to ``(B,)``."""
+    return squares.sum(1) if block.shared else squares.amax(1)
 
 
 class RidgeLinearization(Linearization):
@@ -46,8 +57,11 @@ class RidgeLinearization(Linearization):
         """``(B, P H, W, K)`` as ``(B P, H, W, K)``."""
         return field.view(-1, self.x.shape[-2], *field.shape[2:])
 
-    def _parts(self):
-        return self.regularizer.chunks(self.x.shape, len(self.bank.kernels), self.x.device)
+    def _parts(self) -> Iterator[slice]:
+        """Parts of the batch, of whole images: bounds are reduced over an image."""
+        size = self.curvature[0].numel()
+        step = max(1, IMAGES.get(self.x.device.type, IMAGES["cuda"]) // size)
+        return (slice(start, start + step) for start in range(0, len(self.x), step))
 
     @property
     def learns_filters(self) -> bool:
@@ -90,7 +104,11 @@ class RidgeLinearization(Linearization):
             return None
         if cold:
             return torch.zeros_like(self.curvature)
-        return torch.cat([self.profile.slope(self.bank.apply(self.x[part])) for part in self._parts()])
+        memory = torch.empty_like(self.curvature)
+        field = self.by_planes(memory)
+        for part, z in self.bank.responses(self.x):
+            field[part] = self.profile.slope(z)
+        return memory
 
     def newton_model(self, memory: Tensor) -> NewtonModel:
         return RidgeNewtonModel(self, memory)
@@ -139,51 +157,46 @@ class RidgeLinearization(Linearization):
     def _blocks_on(self, radius: Tensor) -> list[Tensor]:
         """Bound of |d/dt sum_j d_j dpsi'/dtheta_j| / sup psi'' for ||d|| = 1 on a Euclidean ball, by blocks, ``(B,)``
         each."""
-        if not any(self._stretches):
-            return [torch.ones_like(radius, dtype=torch.float64) for _ in self._stretches]
+        if not self._any_stretches:
+            return [torch.ones_like(radius, dtype=torch.float64) for _ in self._blocks]
         largest = [self.bank.apply(self.x[part]).abs_().flatten(1, 2).amax(1) for part in self._parts()]
         far = torch.cat(largest).double() + radius.double().unsqueeze(1) * self.bank.row_norms()
         ratio = self.profile.third_limit.double() / self.profile.curvature_limit.double()
         stretched = (1 + far * ratio).amax(1) * (1 + 1e-3)
-        return [stretched if stretches else torch.ones_like(stretched) for stretches in self._stretches]
+        return [stretched if block.stretches else torch.ones_like(stretched) for block in self._blocks]
 
     @cached_property
-    def _stretches(self) -> list[bool]:
+    def _blocks(self) -> list[Block]:
+        """The blocks of the potentials' parameters, for what they say without responses."""
         z = self.x.new_zeros((1, 1, 1, len(self.bank.kernels)))
-        return [block.stretches for block in self.profile.blocks(z, z, z)]
+        return self.profile.blocks(z, z, z)
 
-    @cached_property
-    def _sums(self) -> tuple[list[tuple[bool, Tensor]], Tensor, Tensor]:
-        """Per block (shared, sum_i field^2 ``(B, K)``); sum psi'^2 ``(B,)``; sum_i psi'' ||patch||^2 ``(B, K)``."""
-        return self._weighted_sums(None)
+    @property
+    def _any_stretches(self) -> bool:
+        return any(block.stretches for block in self._blocks)
 
-    def _weighted_sums(self, floor: Tensor | None) -> tuple[list[tuple[bool, Tensor]], Tensor, Tensor]:
-        """The same with field^2 / (psi'' + floor)."""
+    def _sums(self, floor: Tensor | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Per block sum_i field^2 ``(B, K)``, or with a floor sum_i field^2 / (psi'' + floor); sum psi'^2 ``(B,)``;
+        sum_i psi'' ||patch||^2 ``(B, K)``."""
         fields: list[list[Tensor]] = []
-        shared: list[bool] = []
         slopes, traces = [], []
         for part in self._parts():
             slope, curvature = self.profile.slope_and_curvature(z := self.bank.apply(self.x[part]))
             blocks = self.profile.blocks(z, slope, curvature)
-            shared = [block.shared for block in blocks]
             weight = 1.0 if floor is None else 1 / (curvature + floor[part])
             fields.append([(block.field.square() * weight).flatten(1, 2).sum(1) for block in blocks])
             slopes.append(slope.square().flatten(1).sum(1))
             traces.append((curvature * self._patches[part].square().unsqueeze(-1)).flatten(1, 2).sum(1))
         up = 1 + 1e-3  # sums in float32
         columns = [up * torch.cat(parts).double() for parts in zip(*fields, strict=True)]
-        return (
-            list(zip(shared, columns, strict=True)),
-            up * torch.cat(slopes).double(),
-            up * torch.cat(traces).double(),
-        )
+        return columns, up * torch.cat(slopes).double(), up * torch.cat(traces).double()
 
     def mixed_norm_bound(self) -> Tensor:
         """Upper bound of ||J(x)||, ``(B,)`` float64."""
-        fields, slopes, traces = self._sums
+        fields, slopes, traces = self._sums()
         total = torch.zeros_like(slopes)
-        for shared, columns in fields:
-            total = total + self._operator_norm * (columns.sum(1) if shared else columns.amax(1))
+        for block, columns in zip(self._blocks, fields, strict=True):
+            total = total + self._operator_norm * _together(block, columns)
         if self.learns_filters:
             smoothness = self.bank.squared_norm(self.curvature.flatten(1, 2).amax(1))
             size = self.bank.patch_factor * slopes.sqrt() + (traces.amax(1) * smoothness).sqrt()
@@ -207,10 +220,8 @@ class RidgeLinearization(Linearization):
         hessian = up * self.bank.squared_norm(torch.cat(largest))
         along = up * limit * torch.cat(sizes).double()
         total = torch.zeros_like(hessian)
-        relative = self._blocks_on(radius)
-        shared = [shared for shared, _ in self._sums[0]]
-        for factor, common in zip(relative, shared, strict=True):
-            total = total + (factor * root * (along.norm(dim=1) if common else along.amax(1))).square()
+        for block, factor in zip(self._blocks, self._blocks_on(radius), strict=True):
+            total = total + (factor * root).square() * _together(block, along.square())
         if self.learns_filters:
             first = self.bank.squared_norm(limit.square()).sqrt() * norm(q).double() + along.norm(dim=1)
             second = root * (up * third_limit * torch.cat(patched).double()).amax(1)
@@ -247,7 +258,7 @@ class RidgeLinearization(Linearization):
             energies.append((self.curvature[part] * g.square()).flatten(1).sum(1))
             third, lowest = self.profile.change(z, reach)
             base = lowest + floor[part]
-            if any(self._stretches):
+            if self._any_stretches:
                 # of psi'' and t times the third derivative, over what t can become
                 rise = lowest.addcmul_(third, reach, value=2).addcmul_(third, z.abs_().add_(reach))
                 stretched.append(rise.div_(base).flatten(1).amax(1))
@@ -255,7 +266,7 @@ class RidgeLinearization(Linearization):
             rates.append(rate.flatten(1).amax(1))
             along.append(rate.mul_(g).flatten(1).amax(1))
         one = torch.ones_like(mu, dtype=torch.float64)
-        slopes = [torch.cat(stretched).double() if stretches else one for stretches in self._stretches]
+        slopes = [torch.cat(stretched).double() if block.stretches else one for block in self._blocks]
         if self.learns_filters:
             root = mu.double().sqrt()
             patch = self._largest_patch + 2 * radius.double() / root
@@ -269,8 +280,8 @@ class RidgeLinearization(Linearization):
         return LocalChange(up * torch.cat(along).double(), stacked, energy.sqrt())
 
     def mixed_block_norms(self, strong_convexity: Tensor) -> Tensor:
-        fields, slopes, traces = self._weighted_sums(self._floor(strong_convexity))
-        norms = [(columns.sum(1) if shared else columns.amax(1)).sqrt() for shared, columns in fields]
+        fields, slopes, traces = self._sums(self._floor(strong_convexity))
+        norms = [_together(block, columns).sqrt() for block, columns in zip(self._blocks, fields, strict=True)]
         if self.learns_filters:
             far = self.bank.patch_factor * (slopes / strong_convexity.double()).sqrt()
             norms.append(self._sensitivity * (far + traces.amax(1).sqrt()))

@@ -121,20 +121,18 @@ class SplineProfile(Profile):
             odd = odd * size
         weights = torch.stack([torch.zeros_like(sums[0]), *sums]).view(self.tables.shape)
         products: dict[str, Tensor] = {}
-        exact = _pieces(self.curvatures.detach(), self.reach.detach())
+        # the coefficients are linear in the curvatures: basis[order, j, piece] are those of psi''(t_j) = 1
+        basis = _pieces(torch.eye(self.count, dtype=sums[0].dtype, device=z.device), self.reach.detach())
+        products["log_curvatures"] = self.curvatures.detach() * torch.einsum("okp,ojp->kj", weights, basis)
         if "log_weight" in self.learned:
-            products["log_weight"] = (exact * weights).sum()
+            products["log_weight"] = products["log_curvatures"].sum()
         if "log_scale" in self.learned:
             # t psi'' = 2 c t + 6 d t^2, in terms of the sums over order t^(order - 1)
-            products["log_scale"] = (exact[2] * weights[2] + 2 * exact[3] * weights[3]).sum()
-        if "log_curvatures" in self.learned:
-            with torch.inference_mode(False), torch.enable_grad():
-                # clones, because what was made in inference mode can't be differentiated
-                logarithm = self.curvatures.detach().clone().log().requires_grad_(True)
-                total = (_pieces(logarithm.exp(), self.reach.detach().clone()) * weights.clone()).sum()
-                (product,) = torch.autograd.grad(total, logarithm)
-            products["log_curvatures"] = product.sum(0, keepdim=True) if self.shared else product
-        return products
+            square, cubic = torch.einsum("kj,ojp->okp", self.curvatures.detach(), basis[2:])
+            products["log_scale"] = (square * weights[2] + 2 * cubic * weights[3]).sum()
+        if self.shared:
+            products["log_curvatures"] = products["log_curvatures"].sum(0, keepdim=True)
+        return {name: products[name] for name in self.learned}
 
 
 def _pieces(curvatures: Tensor, reach: Tensor) -> Tensor:
