@@ -12,12 +12,12 @@ import deepinv
 import torch
 from torch import Tensor
 
-from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight, VariationalEnergy
+from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
 from bilevel_imaging.training.checkpoints import atomic_write
-from bilevel_imaging.training.reconstruction import ReconstructionInfo, minimize
+from bilevel_imaging.training.reconstruction import ReconstructionInfo, energy_of, minimize
 
 __all__ = ["ReconstructionInfo", "load_regularizer", "reconstruct", "save_regularizer", "versions"]
 
@@ -205,17 +205,13 @@ def reconstruct(
         ValueError: measurements that do not fit, an energy that is not strongly convex (set ``ridge``), or a noise
             level that is missing or not used.
     """
-    weight = getattr(prior, "data_weight", None)
-    weight = None if weight is None else weight.to(y.device)
-    if ridge is None:
-        ridge = float(getattr(prior, "ridge", 0.0))
+    energy = energy_of(prior, y.device, ridge)
     if noise_level is not None:
         if not hasattr(prior, "at_noise_level"):
             raise ValueError(
                 f"Expected no noise_level for {type(prior).__name__}, which does not depend on it. Got {noise_level}; "
                 "use NoiseConditional, or leave it out."
             )
-        prior = prior.at_noise_level(noise_level)
+        energy.regularizer = prior.at_noise_level(noise_level)
     with torch.no_grad():
-        problem = VariationalEnergy(prior, ridge=ridge, data_weight=weight).bind(y, physics)
-        return minimize(problem, x0, error_tol, solver)
+        return minimize(energy.bind(y, physics), x0, error_tol, solver)

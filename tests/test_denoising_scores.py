@@ -13,8 +13,9 @@ import torch
 from deepinv.physics import Denoising
 from PIL import Image
 
-from bilevel_imaging import TotalVariation, reconstruct, save_regularizer
+from bilevel_imaging import NoiseConditional, TotalVariation, reconstruct, save_regularizer
 from bilevel_imaging.data import photographs
+from bilevel_imaging.energies import NoiseWeight
 from bilevel_imaging.experiments import denoising_scores, denoising_tuning
 from bilevel_imaging.experiments.denoising_scores import BASELINE, NOISY, ImageSet, load_images, noisy, rescaled, run
 from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
@@ -157,6 +158,27 @@ def test_the_ridge_of_a_regularizer_is_used(images):
     before = run({"r": regularizer}, images, sigmas=[25])["levels"][0]["mean"]["r"]["psnr"]
     regularizer.ridge = 0.5
     assert run({"r": regularizer}, images, sigmas=[25])["levels"][0]["mean"]["r"]["psnr"] < before - 3
+
+
+def test_data_weights_of_a_regularizer_are_used(images):
+    weighted = TotalVariation(0.1, 0.05)
+    weighted.data_weight = NoiseWeight(5.0)
+    scored = run({"weighted": weighted}, images, sigmas=(25,))["levels"][0]["images"]
+    name, image = next(iter(images.images.items()))
+    x, _ = reconstruct(noisy(image, name, 25.0, 0)[None], Denoising(), weighted)
+    assert scored[name]["weighted"]["psnr"] == pytest.approx(psnr(x[0], image), abs=1e-3)
+    plain, _ = reconstruct(noisy(image, name, 25.0, 0)[None], Denoising(), TotalVariation(0.1, 0.05))
+    assert abs(psnr(plain[0], image) - psnr(x[0], image)) > 0.1
+    with pytest.raises(ValueError, match="weighted was learned with weights of the data term"):
+        run({"weighted": weighted}, images, tuning=images, tune=True)
+
+
+def test_a_regularizer_that_depends_on_the_noise_gets_its_level(images):
+    conditional = NoiseConditional(TotalVariation(0.1, 0.05))
+    scored = run({"conditional": conditional}, images, sigmas=(40,))["levels"][0]["images"]
+    name, image = next(iter(images.images.items()))
+    x, _ = reconstruct(noisy(image, name, 40.0, 0)[None], Denoising(), conditional, noise_level=40 / 255)
+    assert scored[name]["conditional"]["psnr"] == pytest.approx(psnr(x[0], image), abs=1e-3)
 
 
 # --- tuning

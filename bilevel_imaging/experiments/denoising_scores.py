@@ -28,15 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilevel_imaging._version import __version__
-from bilevel_imaging.data import Degradation, ImageFolder, ImagePairs, center_crop, keyed_generator, photographs
+from bilevel_imaging.data import Batch, Degradation, ImageFolder, ImagePairs, center_crop, keyed_generator, photographs
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.experiments.denoising_report import figure, markdown, table
 from bilevel_imaging.experiments.denoising_tuning import hidden, rescaled, total_variation, tuned
 from bilevel_imaging.experiments.hypergradient_benchmark import environment
 from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training.evaluation import image_metrics
+from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.metrics_log import finite_or_none
-from bilevel_imaging.training.reconstruction import PIXEL_ACCURACY, minimize
+from bilevel_imaging.training.reconstruction import PIXEL_ACCURACY, energy_of, minimize
 
 __all__ = ["ImageSet", "figure", "load_images", "markdown", "rescaled", "run", "table"]
 
@@ -160,7 +161,7 @@ def run(
         for sigma in record["settings"]["sigmas"]:
             level = {"sigma": sigma, "tuned": {}, "images": {}, "mean": {}}
             pairs = None if tuning is None else _pairs(tuning, sigma, seed, device)
-            methods = _methods(level, regularizers, pairs, tune=tune, tv=tv, progress=progress)
+            methods = _methods(level, regularizers, pairs, tune=tune, tv=tv, progress=progress, device=device)
             record["levels"].append(level)
             _score(level, methods, images, seed, progress, device)
         record["complete"] = True
@@ -185,7 +186,9 @@ def _check(regularizers: Mapping[str, Regularizer], sigmas: Sequence[float], tun
     if taken:
         raise ValueError(f"Expected other names than {NOISY!r} and {BASELINE!r}. Got {', '.join(taken)}; rename it.")
     if tune:
-        for regularizer in regularizers.values():
+        for name, regularizer in regularizers.items():
+            if getattr(regularizer, "data_weight", None) is not None:
+                raise ValueError(f"{name} was learned with weights of the data term. Score it without tuning.")
             rescaled(regularizer, 1.0, 1.0)
 
 
@@ -210,12 +213,6 @@ def _describe(regularizer: Regularizer) -> Record:
     }
 
 
-@dataclass(frozen=True)
-class _Method:
-    regularizer: Regularizer
-    ridge: float
-
-
 def _methods(
     level: Record,
     regularizers: Mapping[str, Regularizer],
@@ -224,32 +221,33 @@ def _methods(
     tune: bool,
     tv: bool,
     progress: bool,
-) -> dict[str, _Method]:
-    """What is scored at one noise level, tuned where asked for; notes the tuned values in ``level``."""
-    methods: dict[str, _Method] = {}
+    device: str,
+) -> dict[str, VariationalEnergy]:
+    """What is minimized at one noise level, tuned where asked for; notes the tuned values in ``level``."""
+    methods: dict[str, VariationalEnergy] = {}
     noise = level["sigma"] / LEVELS
     bar = f"sigma {level['sigma']:g}, tuning {{}}" if progress else None
 
     def best(name: str, build: Callable[..., Regularizer], start: Mapping[str, float], ridge: float = 0.0) -> None:
         values, evidence = tuned(build, start, tuning, ridge=ridge, bar=bar and bar.format(name))
         level["tuned"][name] = values | evidence
-        methods[name] = _Method(build(**values).to(tuning.x[0].device), ridge)
+        methods[name] = VariationalEnergy(build(**values).to(tuning.x[0].device), ridge=ridge)
 
     if tv:
         best(BASELINE, total_variation, {"weight": 0.7 * noise, "smoothing": 0.01})
     for name, regularizer in regularizers.items():
-        ridge = float(getattr(regularizer, "ridge", 0.0))
+        energy = energy_of(regularizer, device)
         if not tune:
-            methods[name] = _Method(regularizer, ridge)
+            methods[name] = energy
             continue
         # the right values if images were as likely at any contrast
         ratio = noise / (getattr(regularizer, "noise_level", None) or noise)
-        best(name, partial(rescaled, regularizer), {"weight": ratio, "scale": 1 / ratio}, ridge)
+        best(name, partial(rescaled, regularizer), {"weight": ratio, "scale": 1 / ratio}, energy.ridge)
     return methods
 
 
 def _score(
-    level: Record, methods: Mapping[str, _Method], images: ImageSet, seed: int, progress: bool, device: str
+    level: Record, methods: Mapping[str, VariationalEnergy], images: ImageSet, seed: int, progress: bool, device: str
 ) -> None:
     """Scores of every image, entered when all methods have finished it."""
     total = len(images.images) * len(methods)
@@ -258,9 +256,9 @@ def _score(
             x = image.double().to(device)[None]
             y = noisy(image, name, level["sigma"], seed).to(device)[None]
             row = {NOISY: {key: value[0] for key, value in image_metrics(y, x).items()}}
-            for method, made in methods.items():
+            for method, energy in methods.items():
                 begin = time.perf_counter()
-                point, distance = _denoised(made, y)
+                point, distance = _denoised(energy, y, level["sigma"] / LEVELS)
                 seconds = time.perf_counter() - begin
                 scores = {key: value[0] for key, value in image_metrics(point, x).items()}
                 row[method] = {**scores, "distance": distance, "seconds": seconds}
@@ -269,11 +267,12 @@ def _score(
             level["images"][name] = row
 
 
-def _denoised(method: _Method, y: Tensor) -> tuple[Tensor, float]:
+def _denoised(energy: VariationalEnergy, y: Tensor, noise_level: float) -> tuple[Tensor, float]:
     """The reconstruction and its certified distance to the minimizer; the latter waits for the device."""
     with torch.no_grad():
         physics = Degradation("denoising").physics(y.shape[1:], y.dtype, y.device)
-        point, info = minimize(VariationalEnergy(method.regularizer, ridge=method.ridge).bind(y, physics))
+        batch = Batch(torch.zeros(1, dtype=torch.int64), y, y, physics, y.new_tensor([noise_level]))
+        point, info = minimize(bind_batch(energy, batch))
     return point, float(info.distance_bound)
 
 

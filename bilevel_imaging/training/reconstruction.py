@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_imaging.energies import LowerLevelProblem
+from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
+from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.tensors import as_per_sample, norm
 
 # error_tol where none is given: root mean square of the error of a pixel
@@ -32,6 +33,20 @@ class ReconstructionInfo:
     reason: tuple[str, ...]
     iterations: Tensor
     error_tol: Tensor
+
+
+def energy_of(prior: Regularizer, device: str | torch.device, ridge: float | None = None) -> VariationalEnergy:
+    """The energy that a loaded regularizer was learned in: with its ridge and its learned weights of the data term.
+
+    Args:
+        prior: any :class:`Regularizer`; its attributes ``ridge`` and ``data_weight`` count if it has them.
+        device: of the measurements; the weights of the data term are moved there.
+        ridge: instead of that of the prior.
+    """
+    weight = getattr(prior, "data_weight", None)
+    weight = None if weight is None else weight.to(device)
+    ridge = float(getattr(prior, "ridge", 0.0)) if ridge is None else ridge
+    return VariationalEnergy(prior, ridge=ridge, data_weight=weight)
 
 
 def minimize(
