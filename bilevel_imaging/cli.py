@@ -20,30 +20,44 @@ _SHORT = {"total_variation": "tv", "denoising": "denoise", "deblurring": "deblur
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Train a regularizer; returns the exit code."""
-    return _guarded(_train, argv)
+    return guarded(_train, argv)
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a finished run; returns the exit code."""
-    return _guarded(_evaluate, argv)
+    return guarded(_evaluate, argv)
 
 
-def _guarded(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+def guarded(
+    command: Callable[[Sequence[str] | None], int],
+    argv: Sequence[str] | None,
+    stopped: str = "Stopped at once; the last checkpoint is kept.",
+) -> int:
+    """Run a command; mistakes end in one line, or in a traceback if ``BILEVEL_DEBUG`` is set.
+
+    Args:
+        command: from arguments to the exit code.
+        argv: the arguments, ``None`` for those of the process.
+        stopped: what to say after Ctrl-C.
+
+    Returns:
+        the exit code: 2 after a mistake, 130 after Ctrl-C.
+    """
     from jsonargparse import ArgumentError
 
     try:
         return command(argv)
     except KeyboardInterrupt:
-        print("Stopped at once; the last checkpoint is kept.", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     except (ValueError, OSError, ArgumentError) as error:
         if os.environ.get("BILEVEL_DEBUG"):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message on one line, with keys written as everywhere else."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
@@ -69,14 +83,15 @@ def _suggestion(option: str) -> str:
     return f" Allowed groups: {', '.join(known)}; see --help."
 
 
-def _parser(program: str, description: str) -> Any:
+def make_parser(program: str, description: str) -> Any:
+    """A parser of this package's commands."""
     from jsonargparse import ArgumentParser
 
     return ArgumentParser(prog=program, description=description, exit_on_error=False)
 
 
 def _train_parser() -> Any:
-    parser = _parser(
+    parser = make_parser(
         "train.py",
         "Learn a regularizer from images. Without arguments: total variation for denoising, on the bundled "
         "photographs, in less than a minute.",
@@ -143,7 +158,7 @@ def read_config(folder: Path) -> RunConfig:
     try:
         return _configuration(parser, parser.parse_args([f"--config={path}"]))
     except Exception as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def _continued(parser: Any, arguments: list[str], folder: Path, output: str | None) -> tuple[RunConfig, Path]:
@@ -193,7 +208,7 @@ def _new_folder(output: str | None, name: str) -> Path:
 
 
 def _evaluate(argv: Sequence[str] | None) -> int:
-    parser = _parser(
+    parser = make_parser(
         "evaluate.py", "PSNR and SSIM of a finished run, beside the measurements and a grid search for the weight."
     )
     parser.add_argument("run", type=str, help="run folder, e.g. runs/tv_denoise")

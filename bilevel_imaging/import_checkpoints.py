@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel_imaging.cli import _guarded, _parser
+from bilevel_imaging.cli import guarded, make_parser
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.export import save_regularizer
 from bilevel_imaging.regularizers import ConvexRidge
@@ -467,11 +467,11 @@ def fit_potentials(slopes: Slopes, knots: int) -> Fit:
 
 def convert_main(argv: Sequence[str] | None = None) -> int:
     """Convert a checkpoint; returns the exit code."""
-    return _guarded(_convert, argv)
+    return guarded(_convert, argv, stopped="Stopped; nothing was written.")
 
 
 def _convert(argv: Sequence[str] | None) -> int:
-    parser = _parser(
+    parser = make_parser(
         "convert.py",
         "Import a published convex ridge regularizer: CRR-NN or noise-conditional CRR-NN of Goujon et al., or one of "
         "LearnedRegularizers; of a weakly convex one the filters alone.",

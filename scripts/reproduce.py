@@ -10,6 +10,7 @@ python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
 import argparse
 import importlib
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -154,9 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return rewrite(experiment, parsed.markdown, parsed.output)
         record = experiment.run(**options(parsed, experiment))
     except (ValueError, OSError) as error:
-        if parsed.experiment not in WITH_FILES:
-            raise  # no mistake of the user: there is nothing to get wrong
-        command.exit(2, f"error: {error}\n")
+        if parsed.experiment not in WITH_FILES or os.environ.get("BILEVEL_DEBUG"):
+            raise  # without files it is no mistake of the user: there is nothing to get wrong
+        from bilevel_imaging.cli import one_line
+
+        command.exit(2, f"error: {one_line(error)}\n")
     print(experiment.table(record))
     folder = parsed.output or Path("runs", "reproduce", parsed.experiment)
     write(experiment, record, folder, parsed.json, getattr(parsed, "figure", None))

@@ -14,12 +14,13 @@ from deepinv.physics import Tomography
 from PIL import Image
 
 from bilevel_imaging import ConvexRidge, TotalVariation, VariationalEnergy, load_regularizer, save_regularizer
+from bilevel_imaging.data import magnitude
 from bilevel_imaging.data.tomography import parallel_beam
 from bilevel_imaging.energies.matrix_physics import MatrixPhysics
 from bilevel_imaging.errors import DataError
 from bilevel_imaging.experiments import medical, medical_learning
 from bilevel_imaging.experiments.medical_data import GAP, load_stack, phantom, resized, split_positions
-from bilevel_imaging.experiments.medical_problems import Problem, cartesian_mask, magnitude
+from bilevel_imaging.experiments.medical_problems import Problem, line_mask
 from bilevel_imaging.training.reconstruction import minimize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,14 +196,14 @@ def test_noise_has_its_level_and_depends_on_the_slice_alone():
 
 
 def test_mask():
-    mask = cartesian_mask(100, 4.0, 0)
+    mask = line_mask(100, 4.0, 0)
     assert float(mask.sum()) == 25 and set(mask.tolist()) == {0.0, 1.0}
     assert bool(mask[46:54].all())
-    assert torch.equal(mask, cartesian_mask(100, 4.0, 0)) and not torch.equal(mask, cartesian_mask(100, 4.0, 1))
-    draws = sum(cartesian_mask(100, 4.0, seed) for seed in range(200))
+    assert torch.equal(mask, line_mask(100, 4.0, 0)) and not torch.equal(mask, line_mask(100, 4.0, 1))
+    draws = sum(line_mask(100, 4.0, seed) for seed in range(200))
     assert float(draws[30:46].sum()) > 4 * float(draws[:16].sum())  # denser near the center
     with pytest.raises(ValueError, match="acceleration of at most"):
-        cartesian_mask(100, 50.0, 0)
+        line_mask(100, 50.0, 0)
 
 
 def test_linear_reconstructions():

@@ -2,7 +2,7 @@
 
 from bilevel_imaging.data.degradations import Degradation, gaussian_kernel
 from bilevel_imaging.data.folders import ImageFolder, list_images, load_folder
-from bilevel_imaging.data.mri import magnitude
+from bilevel_imaging.data.mri import cartesian_mask, magnitude
 from bilevel_imaging.data.pairs import Batch, ImagePairs
 from bilevel_imaging.data.patches import center_crop, extract_patches
 from bilevel_imaging.data.photographs import COLOR_PHOTOGRAPHS, PHOTOGRAPH_SPLIT, photographs
@@ -27,6 +27,7 @@ __all__ = [
     "list_images",
     "load_folder",
     "luminance",
+    "cartesian_mask",
     "magnitude",
     "photographs",
     "read_image",

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel_imaging.energies.matrix_physics import MatrixPhysics
 from bilevel_imaging.energies.norm_bounds import matrix_norm_bound
 
-__all__ = ["parallel_beam"]
+__all__ = ["parallel_beam", "projector_norm"]
 
 
 def parallel_beam(
@@ -41,6 +41,11 @@ def parallel_beam(
     matrix, scale = _normalized(size, angles)
     physics = MatrixPhysics(matrix.to(dtype), (size, size), (detector_cells(size), angles))
     return physics.to(device), scale
+
+
+def projector_norm(size: int, angles: int) -> float:
+    """The number by which :func:`parallel_beam` divides deepinv's operator, without making an operator."""
+    return _normalized(size, angles)[1]
 
 
 def detector_cells(size: int) -> int:

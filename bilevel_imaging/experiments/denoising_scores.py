@@ -31,12 +31,13 @@ from bilevel_imaging._version import __version__
 from bilevel_imaging.data import Batch, Degradation, ImageFolder, ImagePairs, center_crop, keyed_generator, photographs
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.experiments.denoising_report import figure, markdown, table
-from bilevel_imaging.experiments.denoising_tuning import hidden, rescaled, total_variation, tuned
+from bilevel_imaging.experiments.denoising_tuning import rescaled, total_variation, tuned
 from bilevel_imaging.experiments.hypergradient_benchmark import environment
 from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training.evaluation import image_metrics
 from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.metrics_log import finite_or_none
+from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.training.reconstruction import PIXEL_ACCURACY, energy_of, minimize
 
 __all__ = ["ImageSet", "figure", "load_images", "markdown", "rescaled", "run", "table"]

@@ -14,6 +14,7 @@ from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.regularizers import Regularizer, TotalVariation
 from bilevel_imaging.training.evaluation import reconstruct_pairs
 from bilevel_imaging.training.figures import peak_signal_to_noise
+from bilevel_imaging.training.progress import hidden
 
 # Powers of 2 by which a search moves: it ends 9 % apart, where the PSNR differs by less than 0.01 dB.
 STEPS = (1.0, 0.5, 0.25, 0.125)
@@ -74,11 +75,6 @@ def tuned(
 
         best, psnr, tries = coarse_to_fine(score, tuple(start.values()))
     return dict(zip(start, best, strict=True)), {"psnr": psnr, "tries": tries}
-
-
-def hidden(progress: bool) -> bool | None:
-    """What tqdm calls ``disable``: bars on a terminal alone, if at all."""
-    return None if progress else True
 
 
 def coarse_to_fine(

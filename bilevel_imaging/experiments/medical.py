@@ -25,18 +25,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilevel_imaging._version import __version__
-from bilevel_imaging.data import ImagePairs
+from bilevel_imaging.data import ImagePairs, magnitude
 from bilevel_imaging.energies import VariationalEnergy
-from bilevel_imaging.experiments.denoising_tuning import hidden
 from bilevel_imaging.experiments.hypergradient_benchmark import environment
 from bilevel_imaging.experiments.medical_data import Stack, load_stack, split_positions
 from bilevel_imaging.experiments.medical_learning import learn_scalars, rescalable, search_tv, start_tv, train_all
-from bilevel_imaging.experiments.medical_problems import Problem, magnitude
+from bilevel_imaging.experiments.medical_problems import Problem
 from bilevel_imaging.experiments.medical_report import figure, figures, markdown, table
 from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training.evaluation import image_metrics
 from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.metrics_log import finite_or_none
+from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.training.reconstruction import PIXEL_ACCURACY, minimize
 
 __all__ = ["MedicalRecord", "Problem", "figure", "figures", "load_stack", "markdown", "run", "table"]

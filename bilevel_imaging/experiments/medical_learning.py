@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.energies import VariationalEnergy
-from bilevel_imaging.experiments.denoising_tuning import hidden, total_variation
+from bilevel_imaging.experiments.denoising_tuning import total_variation
 from bilevel_imaging.regularizers import Regularizer, TotalVariation
 from bilevel_imaging.training import BilevelObjective
-from bilevel_imaging.training.evaluation import grid_search, reconstruct_pairs
+from bilevel_imaging.training.evaluation import grid_search, mean_loss
+from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.upper_level import MAID, FirstOrder, StepReport
 
 Record = dict[str, Any]
@@ -111,14 +112,6 @@ def search_tv(pairs: ImagePairs, *, ridge: float) -> tuple[TotalVariation, Recor
     }
 
 
-def mean_loss(energy: VariationalEnergy, pairs: ImagePairs, points: dict[int, Tensor]) -> float:
-    """1/2 ||x* - x||^2, mean over the pairs, at reconstructions that start from ``points`` and replace them."""
-    with torch.no_grad():
-        points.update(reconstruct_pairs(energy, pairs, starts=points)[0])
-    errors = [points[i] - x for i, x in zip(pairs.indices, pairs.x, strict=True)]
-    return sum(0.5 * float(error.double().square().sum()) for error in errors) / len(errors)
-
-
 def train_all(
     regularizer: Regularizer,
     train: ImagePairs,
@@ -139,7 +132,7 @@ def train_all(
     generator = torch.Generator().manual_seed(seed)
     objective = BilevelObjective(energy, train, minibatch=min(MINIBATCH, len(train)), generator=generator)
     method = adam(objective.theta, steps)
-    best, losses, points, certified = _snapshot(regularizer), {}, dict[int, Tensor](), 0
+    best, losses, points, certified = copy.deepcopy(regularizer.state_dict()), {}, dict[int, Tensor](), 0
     losses[0] = mean_loss(energy, validation, points)
     every = max(1, steps // CHECKS)
     with tqdm(total=steps, desc=bar, unit=" steps", disable=hidden(bar is not None), leave=False) as shown:
@@ -149,7 +142,7 @@ def train_all(
                 losses[step] = mean_loss(energy, validation, points)
                 shown.set_postfix_str(f"validation loss {losses[step]:.4g}", refresh=False)
                 if losses[step] == min(losses.values()):
-                    best = _snapshot(regularizer)
+                    best = copy.deepcopy(regularizer.state_dict())
             shown.update()
     regularizer.load_state_dict(best)
     regularizer.requires_grad_(False)
@@ -178,7 +171,3 @@ def adam(theta: Mapping[str, Tensor], steps: int) -> FirstOrder:
         clip=CLIP,
         lr_scale={"filter_layers": FILTER_RATE} if filters else None,
     )
-
-
-def _snapshot(regularizer: Regularizer) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in regularizer.state_dict().items()}

@@ -25,8 +25,8 @@ from deepinv.physics import MRI, LinearPhysics
 from deepinv.physics.functional import RampFilter
 from torch import Tensor
 
-from bilevel_imaging.data import ImagePairs, keyed_generator
-from bilevel_imaging.data.tomography import parallel_beam
+from bilevel_imaging.data import ImagePairs, cartesian_mask, keyed_generator
+from bilevel_imaging.data.tomography import parallel_beam, projector_norm
 from bilevel_imaging.experiments.medical_data import Stack
 
 CENTER = 0.08  # part of the columns that is always measured
@@ -92,37 +92,18 @@ class Problem:
         """The operator for images ``(C, H, W)``."""
         if self.kind == "ct":
             return parallel_beam(shape[-1], self.views, dtype, device)[0]
-        mask = cartesian_mask(shape[-1], self.acceleration, self.seed).to(dtype)
+        mask = line_mask(shape[-1], self.acceleration, self.seed).to(dtype)
         return MRI(mask=mask.expand(1, 1, *shape[-2:]).clone(), img_size=(2, *shape[-2:]), device=device)
 
     def linear(self, y: Tensor, physics: LinearPhysics) -> Tensor:
         """Filtered backprojection (ramp filter) or the zero-filled image, ``(B, C, H, W)``."""
         if self.kind == "mri":
             return physics.A_adjoint(y)
-        scale = parallel_beam(physics.image[-1], self.views, y.dtype)[1]
+        scale = projector_norm(physics.image[-1], self.views)
         return physics.A_adjoint(RampFilter(dtype=y.dtype)(y)) * (scale**2 * math.pi / (2 * self.views))
 
 
-def magnitude(x: Tensor) -> Tensor:
-    """What is scored and shown, ``(..., C, H, W)`` to ``(..., 1, H, W)``: the modulus if there are two channels."""
-    return x.square().sum(-3, keepdim=True).sqrt() if x.shape[-3] == 2 else x
-
-
 @lru_cache(maxsize=8)
-def cartesian_mask(columns: int, acceleration: float, seed: int) -> Tensor:
-    """Which columns of k-space are measured, ``(columns,)`` of 0 and 1, float64, the zero frequency in the middle.
-
-    Raises:
-        ValueError: fewer columns than the central ones.
-    """
-    wanted, central = round(columns / acceleration), max(1, round(CENTER * columns))
-    if wanted < central:
-        raise ValueError(f"Expected an acceleration of at most {columns / central:.3g}. Got {acceleration:g}.")
-    distance = (torch.arange(columns, dtype=torch.float64) - columns // 2).abs()
-    mask = torch.zeros(columns, dtype=torch.float64)
-    mask[distance.argsort(stable=True)[:central]] = 1
-    chances = (1 - distance / (columns // 2 + 1)).square() * (1 - mask)
-    if wanted > central:
-        generator = keyed_generator("medical mask", seed, columns)
-        mask[torch.multinomial(chances, wanted - central, replacement=False, generator=generator)] = 1
-    return mask
+def line_mask(columns: int, acceleration: float, seed: int) -> Tensor:
+    """The measured columns of k-space, ``(columns,)``: drawn once for all slices."""
+    return cartesian_mask(columns, acceleration, CENTER, keyed_generator("medical mask", seed, columns))

@@ -104,7 +104,17 @@ def reconstruct_pairs(
     return points, distances
 
 
-def _scores(pairs: ImagePairs, images: Mapping[int, Tensor]) -> dict[str, list[float]]:
+def mean_loss(
+    energy: VariationalEnergy, pairs: ImagePairs, points: dict[int, Tensor], batch_size: int = MAX_BATCH
+) -> float:
+    """1/2 ||x* - x||^2, mean over the pairs, at reconstructions that start from ``points`` and replace them."""
+    with torch.no_grad():
+        points.update(reconstruct_pairs(energy, pairs, starts=points, batch_size=batch_size)[0])
+    errors = zip(pairs.indices, pairs.x, strict=True)
+    return _mean([0.5 * float((points[i] - x).double().square().sum()) for i, x in errors])
+
+
+def pair_metrics(pairs: ImagePairs, images: Mapping[int, Tensor]) -> dict[str, list[float]]:
     """Metrics in the order of the pairs, one image at a time: sizes differ."""
     result: dict[str, list[float]] = {name: [] for name in METRICS}
     for index, x_true in zip(pairs.indices, pairs.x, strict=True):
@@ -164,9 +174,7 @@ def grid_search(regularizer: Regularizer, pairs: ImagePairs, *, ridge: float = 0
         def loss(weight: float, smoothing: float | None = smoothing) -> float:
             energy = VariationalEnergy(baseline(regularizer, weight, smoothing).to(device), ridge=ridge)
             # as accurate as an evaluation: with a tenth of it, weights 20 % apart could not be told apart
-            points.update(reconstruct_pairs(energy, pairs, starts=points, batch_size=64)[0])
-            errors = zip(pairs.indices, pairs.x, strict=True)
-            value = _mean([0.5 * float((points[i] - x).double().square().sum()) for i, x in errors])
+            value = mean_loss(energy, pairs, points, batch_size=64)
             tried.append((weight, smoothing, value))
             return value
 
@@ -273,7 +281,7 @@ def evaluate(energies: Mapping[str, VariationalEnergy], pairs: ImagePairs) -> Ev
     for method, energy in energies.items():
         images[method], bounds = reconstruct_pairs(energy, pairs)
         distances[method] = [bounds[i] for i in pairs.indices]
-    scores = {method: _scores(pairs, points) for method, points in images.items()}
+    scores = {method: pair_metrics(pairs, points) for method, points in images.items()}
     return Evaluation(
         names=list(pairs.names),
         scores={metric: {method: scores[method][metric] for method in images} for metric in METRICS},

@@ -11,6 +11,11 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 
+def hidden(progress: bool) -> bool | None:
+    """What tqdm calls ``disable``: bars on a terminal alone, if at all."""
+    return None if progress else True
+
+
 def format_interval(value: float, lower: float, upper: float) -> str:
     """``12.34 [12.30, 12.36]`` with as many decimals as the width of the interval makes sense of."""
     if not (math.isfinite(lower) and math.isfinite(upper)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -10,13 +11,11 @@ from torch import Tensor
 from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
-from bilevel_imaging.training.evaluation import METRICS, image_metrics, viewable, viewable_pairs
+from bilevel_imaging.training.evaluation import MAX_BATCH, pair_metrics, viewable, viewable_pairs
 from bilevel_imaging.training.mean import bind_batch
 
 # distance to the minimizer asked for: root mean square of the error of a pixel
 PIXEL_ACCURACY = 1e-3
-# images reconstructed together at most
-MAX_BATCH = 8
 
 
 @dataclass
@@ -66,8 +65,4 @@ class Validator:
             self._points.update(zip(indices, x.unbind(0), strict=True))
 
     def _means(self, images: dict[int, Tensor]) -> dict[str, float]:
-        """Means of the metrics, one image at a time: sizes differ."""
-        scores = [
-            image_metrics(images[i][None], x[None]) for i, x in zip(self.pairs.indices, self.pairs.x, strict=True)
-        ]
-        return {name: sum(score[name][0] for score in scores) / len(scores) for name in METRICS}
+        return {name: fmean(values) for name, values in pair_metrics(self.pairs, images).items()}
