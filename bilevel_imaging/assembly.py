@@ -30,6 +30,7 @@ from bilevel_imaging.export import load_regularizer
 from bilevel_imaging.linear_solvers import LINEAR_SOLVERS
 from bilevel_imaging.lower_solvers import LOWER_SOLVERS
 from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
+from bilevel_imaging.regularizers.ridge import RidgeRegularizer
 from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.warm_starts import DiskWarmStarts, NoWarmStarts, WarmStarts
@@ -205,12 +206,23 @@ def make_regularizer(config: RegularizerConfig) -> Regularizer:
     if config.start:
         start = load_regularizer(config.start)
         try:
-            if type(start) is not type(regularizer):
-                raise ValueError(f"it holds a {type(start).__name__}")
-            regularizer.load_state_dict(start.state_dict())
+            _start_from(regularizer, start)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"regularizer.start: {config.start} does not fit {config.kind}: {error}") from error
     return regularizer
+
+
+def _start_from(regularizer: Regularizer, start: Regularizer) -> None:
+    """Give a regularizer the parameters of another."""
+    ours, theirs = ({n: p.shape for n, p in r.named_parameters()} for r in (regularizer, start))
+    if type(start) is type(regularizer) and ours == theirs:
+        regularizer.load_state_dict(start.state_dict())
+    elif isinstance(regularizer, RidgeRegularizer) and isinstance(start, RidgeRegularizer):
+        regularizer.start_from(start)
+    elif type(start) is not type(regularizer):
+        raise ValueError(f"it holds a {type(start).__name__}")
+    else:
+        raise ValueError(f"expected parameters of the shapes {ours}, not {theirs}")
 
 
 def make_data_weight(config: RunConfig) -> DataWeight | None:

@@ -420,3 +420,55 @@ def test_newton_model_and_preconditioner_save_work():
         for choice in (None, "auto")
     )
     assert int(scaled.iterations) < 0.8 * int(plain.iterations)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_start_from_smaller_and_more_filters(shared):
+    torch.manual_seed(3)
+    small = bi.ConvexRidge([6], 3, start="random", seed=1, shared=shared, weight=0.7, scale=1.3)
+    with torch.no_grad():
+        small.log_curvatures += torch.randn_like(small.log_curvatures)
+    x = torch.rand(2, 1, 12, 11, dtype=torch.float64)
+
+    large = bi.ConvexRidge([6], 7, shared=shared)
+    large.start_from(small)
+    with torch.no_grad():
+        torch.testing.assert_close(large.grad(x), small.grad(x), rtol=1e-12, atol=1e-14)
+
+    fewer = bi.ConvexRidge([4], 5, shared=shared)
+    fewer.start_from(small)
+    kept = small.steepness()[0].argsort(descending=True, stable=True)[:4].sort().values
+    torch.testing.assert_close(fewer.filters()[:, :, 1:4, 1:4], small.filters()[kept])
+    assert float(fewer.filters()[:, :, 0].abs().max()) < 1e-15
+
+
+def test_fields_of_experts_start_from_a_convex_ridge():
+    source = bi.ConvexRidge([5], 5, weight=1.3)
+    experts = bi.FieldsOfExperts(5, 5)
+    experts.start_from(source)
+    t = torch.tensor([-1e3, 0.0, 1e-7, 1e3])
+    ours, theirs = experts.potentials(t)[1], source.potentials(t)[1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(experts.filters(), source.filters())
+
+    tilted = bi.FieldsOfExperts(5, 5, potential="softplus", smoothing=0.03, weight=0.2)
+    copied = bi.FieldsOfExperts(5, 7, potential="softplus")
+    copied.start_from(tilted)
+    torch.testing.assert_close(copied.potentials(t)[1], tilted.potentials(t)[1])
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "start", "message"),
+    [
+        (bi.ConvexRidge([4], 3), bi.ConvexRidge([4], 5), "size at most 3, not 4 of 1 and 5"),
+        (bi.ConvexRidge([4], 3), bi.ConvexRidge([3], 3), "at least 4 filters"),
+        (bi.ConvexRidge([4], 3, channels=3), bi.ConvexRidge([4], 3), "of 3 channels"),
+        (bi.ConvexRidge([2, 4], 3), bi.ConvexRidge([4], 3), "a chain of filters"),
+        (bi.ConvexRidge([4], 3, knots=9), bi.ConvexRidge([4], 3), "same knots"),
+        (bi.ConvexRidge([4], 3), bi.FieldsOfExperts(4, 3), "expected a ConvexRidge"),
+        (bi.FieldsOfExperts(4, 3), bi.FieldsOfExperts(4, 3, potential="softplus"), "penalize both signs"),
+    ],
+)
+def test_starts_that_do_not_fit_are_named(regularizer, start, message):
+    with pytest.raises(ValueError, match=message):
+        regularizer.start_from(start)

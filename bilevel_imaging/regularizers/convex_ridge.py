@@ -103,6 +103,14 @@ class ConvexRidge(RidgeRegularizer):
         """See ``RidgeRegularizer``."""
         self.log_scale += log_scale
 
+    def _take_potentials(self, other: RidgeRegularizer, kept: Tensor, level: Tensor, curvature: Tensor) -> None:
+        form = (self.log_curvatures.shape[1], self.reach, self.shared)
+        if not isinstance(other, ConvexRidge) or (other.log_curvatures.shape[1], other.reach, other.shared) != form:
+            raise ValueError("expected a ConvexRidge with the same knots, reach and shared")
+        self.log_weight.copy_(other.log_weight)
+        self.log_scale.copy_(other.log_scale)
+        self.log_curvatures.copy_(other.log_curvatures if self.shared else other.log_curvatures[kept])
+
     def profile(self, like: Tensor) -> Profile:
         count = self.filter_layers[-1].shape[0]
         scale = self.log_scale.double().exp()

@@ -96,6 +96,14 @@ class FieldsOfExperts(RidgeRegularizer):
         """See ``RidgeRegularizer``: phi(scale t; nu) = scale phi(t; nu / scale)."""
         self.log_smoothings -= log_scale
 
+    def _take_potentials(self, other: RidgeRegularizer, kept: Tensor, level: Tensor, curvature: Tensor) -> None:
+        """Potentials with the same slope far from 0 and the same curvature at 0."""
+        if (self.potential == "softplus") != (getattr(other, "potential", "") == "softplus"):
+            raise ValueError("expected potentials that penalize both signs, or one, like those of this regularizer")
+        scale = 2 if self.potential == "softplus" else 1
+        self.log_weights.copy_((scale * level).log() - self.log_weight)
+        self.log_smoothings.copy_((level / curvature).log())
+
     def profile(self, like: Tensor) -> Profile:
         weight = (self.log_weight.double() + self.log_weights.double()).exp()
         nu = self.log_smoothings.double().exp()

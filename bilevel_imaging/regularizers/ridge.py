@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
@@ -78,6 +79,45 @@ class RidgeRegularizer(Regularizer):
             other.log_weight += changes[0]
             other.stretch(changes[1])
         return other
+
+    def start_from(self, other: RidgeRegularizer) -> None:
+        """Take over filters and potentials of a regularizer with smaller or more filters, in place.
+
+        Smaller filters are continued by zeros, which changes nothing: learning can start with small filters, where it
+        is fast, and go on with large ones. Of more filters, those with the steepest potentials are kept.
+
+        Args:
+            other: a ridge regularizer with as many channels.
+
+        Raises:
+            ValueError: filters that this regularizer cannot hold, or potentials of another form.
+        """
+        kernels = other.kernels().detach().to(self.filter_layers[0])
+        wanted = self.filter_layers[-1].shape[0]
+        margin = (self.filter_layers[0].shape[-1] - kernels.shape[-1]) // 2
+        if len(self.filter_layers) > 1:
+            raise ValueError("a chain of filters starts only from the same chain")
+        if margin < 0 or len(kernels) < wanted or kernels.shape[1] != self.channels:
+            raise ValueError(
+                f"expected at least {wanted} filters of {self.channels} channels and size at most "
+                f"{self.filter_layers[0].shape[-1]}, not {len(kernels)} of {kernels.shape[1]} and {kernels.shape[-1]}"
+            )
+        level, curvature = other.steepness()
+        kept = level.argsort(descending=True, stable=True)[:wanted].sort().values
+        with torch.no_grad():
+            self._take_potentials(other, kept, level[kept], curvature[kept])
+            self.filter_layers[0].copy_(functional.pad(kernels[kept], (margin,) * 4))
+
+    @abc.abstractmethod
+    def _take_potentials(self, other: RidgeRegularizer, kept: Tensor, level: Tensor, curvature: Tensor) -> None:
+        """Those of the filters ``kept`` of ``other``, whose steepness is given."""
+
+    def steepness(self) -> tuple[Tensor, Tensor]:
+        """Half the range of psi_k' and psi_k''(0), each ``(K,)`` float64."""
+        with torch.no_grad():
+            far = self.potentials(torch.tensor([-1e6, 1e6]))[1]
+            at_zero = self.filter_layers[0].new_zeros((1, len(far)))
+            return (far[:, 1] - far[:, 0]) / 2, self.profile(at_zero).slope_and_curvature(at_zero)[1][0].cpu()
 
     @abc.abstractmethod
     def profile(self, like: Tensor) -> Profile:
