@@ -13,7 +13,14 @@ import torch
 from deepinv.physics import Denoising
 from PIL import Image
 
-from bilevel_imaging import NoiseConditional, TotalVariation, reconstruct, save_regularizer
+from bilevel_imaging import (
+    ConvexRidge,
+    NoiseConditional,
+    TotalVariation,
+    load_regularizer,
+    reconstruct,
+    save_regularizer,
+)
 from bilevel_imaging.data import photographs
 from bilevel_imaging.energies import NoiseWeight
 from bilevel_imaging.experiments import denoising_scores, denoising_tuning
@@ -328,6 +335,21 @@ def test_command(command, files, capsys):
     assert command.main(again) == 0
     assert capsys.readouterr().out == denoising_scores.markdown(record) + "\n"
     assert (files / "again" / "figure.png").read_bytes() == (files / "out" / "figure.png").read_bytes()
+
+
+def test_adapted_regularizers_are_saved(command, tmp_path, capsys):
+    source = ConvexRidge([2], 3, weight=2.0)
+    save_regularizer(tmp_path / "small.safetensors", source, ridge=0.01, noise_level=0.05)
+    options = ["--crop", "24", "--max-images", "1", "--noise", "0.1", "--output", str(tmp_path / "out"), "--tune"]
+    assert command.main(["denoising", "--regularizer", str(tmp_path / "small.safetensors"), *options]) == 0
+    values = json.loads((tmp_path / "out" / "record.json").read_text())["levels"][0]["tuned"]["small"]
+    adapted = load_regularizer(tmp_path / "out" / "small_sigma_25.5.safetensors")
+    assert (adapted.ridge, adapted.noise_level) == (0.01, pytest.approx(0.1))
+    assert adapted.metadata["adapted"] == values
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    expected = source.rescaled(values["weight"], values["scale"])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.grad(x), expected.grad(x), rtol=1e-12, atol=1e-15)
 
 
 def test_command_without_files_tunes_total_variation(command, tmp_path, capsys):

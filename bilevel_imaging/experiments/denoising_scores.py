@@ -63,6 +63,23 @@ class ImageSet:
     images: dict[str, Tensor] = field(repr=False)
 
 
+class DenoisingRecord(dict[str, Any]):
+    """The record, plain JSON, with the regularizers that were adapted.
+
+    Attributes:
+        learned: by the name of the regularizer and the noise level.
+    """
+
+    def __init__(self, record: Record, learned: Mapping[str, tuple[Regularizer, Record]]):
+        super().__init__(record)
+        self.learned = {name: regularizer for name, (regularizer, _) in learned.items()}
+        self._settings = {name: settings for name, (_, settings) in learned.items()}
+
+    def saved_with(self, name: str) -> Record:
+        """What belongs into the file of an adapted regularizer: arguments of ``save_regularizer``."""
+        return self._settings[name]
+
+
 def load_images(
     folder: str | Path | None, *, part: str = "test", crop: int | None = None, max_images: int | None = None
 ) -> ImageSet:
@@ -114,7 +131,7 @@ def run(
     tv: bool | None = None,
     progress: bool = False,
     device: str = "cpu",
-) -> Record:
+) -> DenoisingRecord:
     """Score regularizers; Ctrl-C ends early with what all methods have finished ("complete" is then false).
 
     Args:
@@ -129,7 +146,7 @@ def run(
         device: where to compute, and where the regularizers are.
 
     Returns:
-        settings, tuned values, scores by image and means, as plain JSON.
+        settings, tuned values, scores by image and means, as plain JSON; and what was adapted.
 
     Raises:
         ValueError: nothing to score, a noise level that is not positive, or a regularizer that cannot be tuned.
@@ -158,19 +175,25 @@ def run(
         "complete": False,
         "levels": [],
     }
+    adapted: dict[str, tuple[Regularizer, Record]] = {}
     try:
         for sigma in record["settings"]["sigmas"]:
             level = {"sigma": sigma, "tuned": {}, "images": {}, "mean": {}}
             pairs = None if tuning is None else _pairs(tuning, sigma, seed, device)
             methods = _methods(level, regularizers, pairs, tune=tune, tv=tv, progress=progress, device=device)
             record["levels"].append(level)
+            for name in regularizers if tune else ():
+                energy, problem = methods[name], {"kind": "denoising", "sigma": sigma / LEVELS}
+                settings = {"ridge": energy.ridge, "noise_level": sigma / LEVELS}
+                extra = {"problem": problem, "adapted": level["tuned"][name], "adapted_on": tuning.label}
+                adapted[f"{name} sigma {sigma:g}"] = (energy.regularizer, {**settings, "extra": extra})
             _score(level, methods, images, seed, progress, device)
         record["complete"] = True
     except KeyboardInterrupt:
         pass
     for level in record["levels"]:
         level["mean"] = _means(level["images"])
-    return finite_or_none(record)
+    return DenoisingRecord(finite_or_none(record), adapted)
 
 
 def _pairs(tuning: ImageSet, sigma: float, seed: int, device: str) -> ImagePairs:

@@ -62,6 +62,11 @@ class MedicalRecord(dict[str, Any]):
         self.pictures: dict[str, list[Tensor]] = {}
         self.learned: dict[str, Regularizer] = {}
 
+    def saved_with(self, name: str) -> Record:
+        """What belongs into the file of a learned regularizer: arguments of ``save_regularizer``."""
+        problem = self["settings"]["problem"]
+        return {"ridge": problem["ridge"], "extra": {"problem": problem}}
+
 
 def run(
     problem: Problem,
