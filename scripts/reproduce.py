@@ -5,6 +5,7 @@ python scripts/reproduce.py denoising --regularizer FILE... --images DIR --sigma
 python scripts/reproduce.py training_curves runs/A runs/B [--json PATH]
 python scripts/reproduce.py ct --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
+python scripts/reproduce.py hypercleaning [--mnist DIR] [--settings SETTING...] [--json PATH]
 """
 
 import argparse
@@ -29,9 +30,10 @@ EXPERIMENTS = {
     "training_curves": "bilevel_imaging.experiments.training_curves",
     "ct": "bilevel_imaging.experiments.medical",
     "mri": "bilevel_imaging.experiments.medical",
+    "hypercleaning": "bilevel_imaging.experiments.hypercleaning",
 }
 MEDICAL = ("ct", "mri")
-WITH_FILES = ("denoising", "training_curves", *MEDICAL)
+WITH_FILES = ("denoising", "training_curves", "hypercleaning", *MEDICAL)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders of train.py")
         if name in MEDICAL:
             add_medical_options(command, name)
+        if name == "hypercleaning":
+            add_hypercleaning_options(command)
     return whole
 
 
@@ -64,7 +68,7 @@ def add_denoising_options(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--max-images", type=int, metavar="N", help="the first N images only, of every folder")
     add("--crop", type=int, metavar="SIZE", help="cut images to this height and width at most (default: whole images)")
-    add("--tune", action="store_true", help="adapt weight and scale of every regularizer to every noise level")
+    add("--tune", action="store_true", help="adapt and save weight and scale for every noise level")
     add("--tv", action="store_true", help="add total variation with tuned weight and smoothing")
     add("--tuning-images", type=Path, metavar="DIR", help="images to tune on (default: bundled training photographs)")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
@@ -92,6 +96,34 @@ def add_medical_options(command: argparse.ArgumentParser, name: str) -> None:
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     add("--figure", type=Path, metavar="PATH", help="also write the picture of reconstructions here")
     add("--markdown", type=Path, metavar="RECORD", help="compute nothing: print a saved record as Markdown")
+
+
+def add_hypercleaning_options(command: argparse.ArgumentParser) -> None:
+    """Where the digits are, and which settings to run for how long."""
+    command.description = "Weights for the digits of MNIST, some of them wrongly labeled, learned on clean digits."
+    add = command.add_argument
+    add("--mnist", type=Path, metavar="DIR", help="holds MNIST/raw/train-images-idx3-ubyte etc. (default: download)")
+    add(
+        "--settings",
+        nargs="+",
+        metavar="SETTING",
+        help='"maid", lower/adjoint/error/residual of gd, hb, fista / gd, hb, cg / 0.1, 0.01 / 0.1, 0.01, e.g. '
+        'hb/cg/0.1/0.01, or "all", for many hours (default: maid and the best published)',
+    )
+    add("--budget", type=int, help="iterations of both solvers together, per setting (default: 100000)")
+    add("--minutes", type=float, help="limit of time per setting (default: none)")
+
+
+def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
+    """Arguments of run(); the digits are read here, and the record is saved after every setting."""
+    chosen = {name: getattr(parsed, name) for name in ("settings", "budget", "minutes")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+
+    def save(record: dict[str, Any]) -> None:
+        if parsed.json is not None:
+            save_record(record, parsed.json)
+
+    return {"data": experiment.load(parsed.mnist), "save": save, **chosen}
 
 
 def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
@@ -172,6 +204,8 @@ def options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
         return denoising_options(parsed, experiment)
     if parsed.experiment == "training_curves":
         return {"folders": parsed.folders}
+    if parsed.experiment == "hypercleaning":
+        return hypercleaning_options(parsed, experiment)
     return medical_options(parsed, experiment) if parsed.experiment in MEDICAL else {}
 
 
@@ -197,13 +231,16 @@ def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | No
         picture.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(written[-1], picture)
         written.append(picture)
-    text = json.dumps(record, indent=2) + "\n"
-    for path in filter(None, [folder / "record.json", copy]):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        written.append(path)
+    written += [save_record(record, path) for path in filter(None, [folder / "record.json", copy])]
     written += save_learned(record, folder)
     print("\nwritten:", *written, sep="\n  ")
+
+
+def save_record(record: dict[str, Any], path: Path) -> Path:
+    """A record as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
 
 
 def save_learned(record: dict[str, Any], folder: Path) -> list[Path]:
@@ -212,9 +249,8 @@ def save_learned(record: dict[str, Any], folder: Path) -> list[Path]:
 
     written = []
     for name, regularizer in getattr(record, "learned", {}).items():
-        problem = record["settings"]["problem"]
         path = folder / (re.sub(r"[^\w.-]+", "_", name) + ".safetensors")
-        written.append(save_regularizer(path, regularizer, ridge=problem["ridge"], extra={"problem": problem}))
+        written.append(save_regularizer(path, regularizer, **record.saved_with(name)))
     return written
 
 

@@ -2,6 +2,7 @@
 
 from bilevel_imaging.data.degradations import Degradation, gaussian_kernel
 from bilevel_imaging.data.folders import ImageFolder, list_images, load_folder
+from bilevel_imaging.data.mnist import corrupt_labels, load_mnist
 from bilevel_imaging.data.mri import cartesian_mask, magnitude
 from bilevel_imaging.data.pairs import Batch, ImagePairs
 from bilevel_imaging.data.patches import center_crop, extract_patches
@@ -21,11 +22,13 @@ __all__ = [
     "RandomPatches",
     "Split",
     "center_crop",
+    "corrupt_labels",
     "extract_patches",
     "gaussian_kernel",
     "keyed_generator",
     "list_images",
     "load_folder",
+    "load_mnist",
     "luminance",
     "cartesian_mask",
     "magnitude",

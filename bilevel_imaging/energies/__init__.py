@@ -7,9 +7,11 @@ from bilevel_imaging.energies.data_weights import (
     NoiseWeight,
     SamplingMask,
 )
+from bilevel_imaging.energies.labeled_features import LabeledFeatures
 from bilevel_imaging.energies.problem import Constants, Directional, Linearization, LowerLevelProblem
 from bilevel_imaging.energies.quadratic import QuadraticProblem
 from bilevel_imaging.energies.variational import VariationalEnergy, VariationalProblem
+from bilevel_imaging.energies.weighted_logistic import WeightedLogisticProblem
 
 __all__ = [
     "DATA_WEIGHTS",
@@ -17,6 +19,7 @@ __all__ = [
     "DataWeight",
     "Directional",
     "FrequencyWeights",
+    "LabeledFeatures",
     "Linearization",
     "LowerLevelProblem",
     "NoiseWeight",
@@ -24,4 +27,5 @@ __all__ = [
     "SamplingMask",
     "VariationalEnergy",
     "VariationalProblem",
+    "WeightedLogisticProblem",
 ]

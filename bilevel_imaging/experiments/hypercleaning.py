@@ -1,0 +1,290 @@
+"""The second experiment of Ehrhardt & Roberts (2023), Section 4.2: weights for digits, some of them wrongly labeled.
+
+    min_theta f(W*(theta))   with   W*(theta) = argmin_W 1/N sum_i sigmoid(theta_i) CE(W a_i, y_i) + ridge ||W||^2,
+
+f the mean cross-entropy on digits with correct labels, from theta = 0. The published settings fix both solvers, their
+accuracies and the step 10; the setting "maid" is this package's default: Newton-CG, preconditioned conjugate gradients
+and MAID with certified hypergradients. All share one budget of iterations of the lower-level and the adjoint solver.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging import linear_solvers, lower_solvers
+from bilevel_imaging.energies import WeightedLogisticProblem
+from bilevel_imaging.experiments.hypercleaning_problem import (
+    CleaningObjective,
+    Digits,
+    ValidationLoss,
+    area_under_curve,
+    digits,
+    load,
+)
+from bilevel_imaging.experiments.hypercleaning_report import figures, table
+from bilevel_imaging.linear_solvers import LinearSolver
+from bilevel_imaging.lower_solvers import LowerSolver
+from bilevel_imaging.upper_level import MAID
+
+__all__ = ["BEST", "PUBLISHED", "SETTINGS", "Digits", "digits", "figures", "load", "run", "table"]
+
+RIDGE, STEP_SIZE, BUDGET = 1e-3, 10.0, 100_000
+LOWER: dict[str, Callable[..., LowerSolver]] = {
+    "gd": lower_solvers.GradientDescent,
+    "hb": lower_solvers.HeavyBall,
+    "fista": lower_solvers.AcceleratedGradient,
+}
+ADJOINT: dict[str, Callable[..., LinearSolver]] = {
+    "gd": linear_solvers.GradientDescent,
+    "hb": linear_solvers.HeavyBall,
+    "cg": linear_solvers.ConjugateGradient,
+}
+TOLERANCES = (0.1, 0.01)
+MAID_SETTING = "maid"
+# lower-level solver / adjoint solver / error_tol / residual_tol
+SETTINGS = (
+    MAID_SETTING,
+    *(f"{x}/{q}/{e}/{d}" for x, q, e, d in itertools.product(LOWER, ADJOINT, TOLERANCES, TOLERANCES)),
+)
+BEST = "hb/cg/0.1/0.01"
+# final objective and upper-level iterations of the published runs; that of hb/cg/0.1/0.1 is not known
+PUBLISHED = {
+    "hb/cg/0.1/0.01": (0.44134, 3523),
+    "hb/hb/0.1/0.01": (0.54145, 513),
+    "hb/hb/0.1/0.1": (0.49760, 5941),
+    "hb/gd/0.1/0.01": (0.56871, 15),
+    "hb/gd/0.1/0.1": (0.56178, 422),
+    "hb/cg/0.01/0.01": (0.47369, 2135),
+    "hb/cg/0.01/0.1": (0.45476, 12676),
+    "hb/hb/0.01/0.01": (0.54294, 467),
+    "hb/hb/0.01/0.1": (0.51436, 3634),
+    "hb/gd/0.01/0.01": (0.56816, 15),
+    "hb/gd/0.01/0.1": (0.56140, 405),
+    "fista/cg/0.1/0.01": (0.47840, 2012),
+    "fista/cg/0.1/0.1": (0.45535, 3862),
+    "fista/hb/0.1/0.01": (0.54412, 463),
+    "fista/hb/0.1/0.1": (0.51610, 3501),
+    "fista/gd/0.1/0.01": (0.56852, 15),
+    "fista/gd/0.1/0.1": (0.56212, 403),
+    "fista/cg/0.01/0.01": (0.52417, 829),
+    "fista/cg/0.01/0.1": (0.52015, 1072),
+    "fista/hb/0.01/0.01": (0.54929, 349),
+    "fista/hb/0.01/0.1": (0.54300, 1368),
+    "fista/gd/0.01/0.01": (0.56817, 15),
+    "fista/gd/0.01/0.1": (0.56248, 345),
+    "gd/cg/0.1/0.01": (0.52538, 823),
+    "gd/cg/0.1/0.1": (0.51417, 1263),
+    "gd/hb/0.1/0.01": (0.55385, 285),
+    "gd/hb/0.1/0.1": (0.53318, 2061),
+    "gd/gd/0.1/0.01": (0.56880, 11),
+    "gd/gd/0.1/0.1": (0.56446, 279),
+    "gd/cg/0.01/0.01": (0.56415, 84),
+    "gd/cg/0.01/0.1": (0.56368, 102),
+    "gd/hb/0.01/0.01": (0.56518, 67),
+    "gd/hb/0.01/0.1": (0.56433, 226),
+    "gd/gd/0.01/0.01": (0.56861, 7),
+    "gd/gd/0.01/0.1": (0.56669, 119),
+}
+# points of a curve that are kept
+POINTS = 200
+# accuracy at which the objective at the end of a run is enclosed
+FINAL_ERROR = 1e-4
+
+Record = dict[str, Any]
+
+
+@dataclass
+class _Progress:
+    """A run in progress: what it has spent and its curve, one entry per upper-level iteration."""
+
+    setting: str
+    problem: WeightedLogisticProblem
+    loss: ValidationLoss
+    budget: int
+    minutes: float
+    started: float
+    lower: int = 0
+    adjoint: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def left(self) -> int:
+        return max(0, self.budget - self.lower - self.adjoint)
+
+    @property
+    def stopped(self) -> str:
+        """Why the run is over, in words; empty if it is not."""
+        if not self.left:
+            return "budget"
+        return "minutes" if time.perf_counter() - self.started >= 60 * self.minutes else ""
+
+    def note(self, objective: float) -> None:
+        seconds = time.perf_counter() - self.started
+        self.curve.append(
+            {
+                "step": self.steps,
+                "iterations": self.lower + self.adjoint,
+                "objective": objective,
+                "seconds": round(seconds, 2),
+            }
+        )
+
+
+def run(
+    data: Digits,
+    settings: Sequence[str] = (MAID_SETTING, BEST),
+    *,
+    budget: int = BUDGET,
+    minutes: float = math.inf,
+    save: Callable[[Record], None] | None = None,
+) -> Record:
+    """Every setting from theta = 0 until its budget is spent.
+
+    Args:
+        data: what is learned from.
+        settings: some of ``SETTINGS``, or "all".
+        budget: iterations of the lower-level and of the adjoint solver together, per setting.
+        minutes: wall-clock limit per setting.
+        save: called with the record after every setting.
+
+    Returns:
+        a JSON-able record: "settings", "constants" at theta = 0, and "runs" by setting.
+
+    Raises:
+        ValueError: an unknown setting, or a budget that is not positive.
+    """
+    names = list(SETTINGS) if list(settings) == ["all"] else list(settings)
+    unknown = [name for name in names if name not in SETTINGS]
+    if unknown or not names:
+        raise ValueError(
+            f"Expected settings as {MAID_SETTING}, all, or lower/adjoint/error_tol/residual_tol, e.g. {BEST}, with "
+            f"{', '.join(LOWER)} / {', '.join(ADJOINT)} / 0.1, 0.01 / 0.1, 0.01. Got {', '.join(unknown) or 'none'}."
+        )
+    if budget < 1 or not minutes > 0:
+        raise ValueError(f"Expected budget >= 1 and minutes > 0. Got {budget} and {minutes}.")
+    loss = ValidationLoss(data.validation)
+    record: Record = {
+        "experiment": "hypercleaning",
+        "budget": budget,
+        "minutes": None if math.isinf(minutes) else minutes,
+        "examples": data.training.count,
+        "corrupted": int(data.corrupted.sum()),
+        "validation": data.validation.count,
+        "constants": _constants(_problem(data), loss),
+        "runs": {},
+    }
+    for name in names:
+        current = _Progress(name, _problem(data), loss, budget, minutes, time.perf_counter())
+        outcome = (_maid if name == MAID_SETTING else _fixed)(current)
+        record["runs"][name] = {**outcome, **_detection(current.problem, data.corrupted)}
+        if save is not None:
+            save(record)
+    return record
+
+
+def _problem(data: Digits) -> WeightedLogisticProblem:
+    theta = torch.zeros_like(data.training.norms).requires_grad_(True)
+    return WeightedLogisticProblem(data.training, theta, ridge=RIDGE)
+
+
+def _constants(problem: WeightedLogisticProblem, loss: ValidationLoss) -> dict[str, float]:
+    known = problem.constants()
+    names = ("strong_convexity", "smoothness", "hessian_lipschitz", "mixed_norm", "mixed_lipschitz")
+    return {**{name: float(getattr(known, name)) for name in names}, "loss_smoothness": loss.smoothness}
+
+
+def _fixed(progress: _Progress) -> Record:
+    """The published method: fixed accuracies and step, W from the last iteration, the adjoint from 0."""
+    names = progress.setting.split("/")
+    error_tol, residual_tol = float(names[2]), float(names[3])
+    lower, linear = LOWER[names[0]](), ADJOINT[names[1]]()
+    problem, loss, theta = progress.problem, progress.loss, progress.problem.theta["theta"]
+    x, stop = problem.initial(), ""
+    while not stop:
+        solution = lower.solve(problem, x, error_tol, max_iter=progress.left)
+        x = solution.x
+        progress.lower += int(solution.iterations)
+        with torch.no_grad():
+            progress.note(float(loss(x)))
+            stop = progress.stopped
+            if not stop:
+                linearization = problem.linearize(x)
+                adjoint = linear.solve(linearization, loss.grad(x), residual_tol, max_iter=progress.left)
+                progress.adjoint += int(adjoint.iterations)
+                stop = "" if bool(adjoint.converged) else progress.stopped or f"adjoint: {adjoint.reason[0]}"
+            if not stop:
+                theta += STEP_SIZE * linearization.mixed_vjp(adjoint.q)["theta"]
+                progress.steps += 1
+    return _outcome(progress, stop)
+
+
+def _maid(progress: _Progress) -> Record:
+    """The default of this package; every product with all examples counts, those that certify included."""
+    objective, method, stop = CleaningObjective(progress.problem, progress.loss), MAID(), ""
+    certified = []
+    _spent(progress)
+    with torch.no_grad():
+        progress.note(float(progress.loss(objective.x)))
+    while not stop:
+        report = method.step(objective)
+        progress.steps += int(report.accepted)
+        _spent(progress)
+        if report.accepted:
+            progress.note(report.loss)
+            relative = report.error_bound / report.grad_norm if report.grad_norm else math.inf
+            certified.append({"loss": [report.loss_lower, report.loss_upper], "relative_bound": relative})
+        stop = report.stop or progress.stopped
+    return {**_outcome(progress, stop, objective.x), "certified": certified}
+
+
+def _spent(progress: _Progress) -> None:
+    """All gradients and products so far, and for every preconditioner what its floating-point operations compare to."""
+    cost, (classes, features) = progress.problem.cost, progress.problem.examples.shape
+    progress.lower = cost.gradients + progress.problem.factorizations * math.ceil(features / (2 * classes))
+    progress.adjoint = cost.hvps + cost.mixed_products
+
+
+def _outcome(progress: _Progress, stopped: str, x: Tensor | None = None) -> Record:
+    seconds = time.perf_counter() - progress.started
+    objective = CleaningObjective(progress.problem, progress.loss, start=x)
+    final = objective.value(FINAL_ERROR)
+    return {
+        "stopped": stopped,
+        "steps": progress.steps,
+        "lower": progress.lower,
+        "adjoint": progress.adjoint,
+        "iterations": progress.lower + progress.adjoint,
+        "seconds": round(seconds, 1),
+        "objective": progress.curve[-1]["objective"],
+        "final_interval": [final.lower, final.upper],
+        "published": list(PUBLISHED[progress.setting]) if progress.setting in PUBLISHED else None,
+        "curve": thinned(progress.curve),
+    }
+
+
+def thinned(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    """At most ``POINTS`` entries and the last one."""
+    stride = math.ceil(len(curve) / POINTS)
+    return [*curve[:-1:stride], curve[-1]]
+
+
+def _detection(problem: WeightedLogisticProblem, corrupted: Tensor) -> Record:
+    """How well small weights tell the corrupted examples: area under the curve, and the mean weights."""
+    theta = problem.theta["theta"].detach().cpu()
+    weights = torch.sigmoid(theta)
+    return {
+        "auc": area_under_curve(-theta, corrupted.cpu()),
+        "weight_corrupted": float(weights[corrupted].mean()),
+        "weight_clean": float(weights[~corrupted].mean()),
+    }

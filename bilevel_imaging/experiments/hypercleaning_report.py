@@ -1,0 +1,83 @@
+"""Figures and table of data hypercleaning, from its record."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", ":", "-.")
+
+
+def figures(record: Record) -> dict[str, Figure]:
+    """The objective against all iterations of both solvers, and against upper-level iterations; circles: published."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    labels = {"iterations": "lower-level + adjoint iterations", "step": "upper-level iterations"}
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for i, (name, one) in enumerate(record["runs"].items()):
+            _draw(axis, one, key, name, i)
+            if one["published"] is not None:
+                end = record["budget"] if key == "iterations" else one["published"][1]
+                axis.plot(end, one["published"][0], "o", color=_style(i)["color"], markerfacecolor="none")
+        axis.set(xlabel=label, xscale="symlog" if key == "step" else "log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss")
+    axes[0].legend(fontsize=7, title="lower/adjoint/error/residual", title_fontsize=7)
+    return {"objective": figure}
+
+
+def _draw(axis: Axes, one: Record, key: str, name: str, number: int) -> None:
+    axis.plot([p[key] for p in one["curve"]], [p["objective"] for p in one["curve"]], label=name, **_style(number))
+
+
+def _style(number: int) -> dict[str, str]:
+    return {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
+
+
+def table(record: Record) -> str:
+    """A line for every setting: what it reached, beside the published run and beside its objective where that ended."""
+    c = record["constants"]
+    lines = [
+        f"{record['examples']} examples, {record['corrupted']} wrongly labeled; {record['validation']} for validation",
+        f"L = {c['smoothness']:.4f}, mu = {c['strong_convexity']:.4g}, "
+        f"L / mu = {c['smoothness'] / c['strong_convexity']:.0f}",
+        "",
+        f"{'setting':20s}{'objective':>10s}{'steps':>7s}{'iterations':>11s}{'seconds':>9s}{'AUC':>8s}"
+        f"{'weights':>14s}{'published':>18s}{'here, there':>13s}  stopped by",
+    ]
+    for name, one in record["runs"].items():
+        published, matched = "", ""
+        if one["published"] is not None:
+            value, steps = one["published"]
+            published, there = f"{value:.5f} ({steps})", at_step(one["curve"], steps)
+            matched = "not reached" if there is None else f"{there:.5f}"
+        weights = f"{one['weight_corrupted']:.3f} {one['weight_clean']:.3f}"
+        lines.append(
+            f"{name:20s}{one['objective']:10.5f}{one['steps']:7d}{one['iterations']:11d}{one['seconds']:9.0f}"
+            f"{one['auc']:8.4f}{weights:>14s}{published:>18s}{matched:>13s}  {one['stopped']}"
+        )
+    lines.append(
+        "weights: means of the wrongly and of the correctly labeled examples; in parentheses: published steps;"
+    )
+    lines.append("here, there: the objective of this run after as many steps")
+    return "\n".join(lines)
+
+
+def at_step(curve: list[Record], step: int) -> float | None:
+    """The objective after so many steps, between kept points on a line; ``None`` if the run was shorter."""
+    position = bisect_left([point["step"] for point in curve], step)
+    if position == len(curve):
+        return None
+    after, before = curve[position], curve[max(0, position - 1)]
+    gap = after["step"] - before["step"]
+    share = (step - before["step"]) / gap if gap else 1.0
+    return before["objective"] + share * (after["objective"] - before["objective"])
