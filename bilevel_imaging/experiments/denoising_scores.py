@@ -197,7 +197,8 @@ def run(
 
 
 def _pairs(tuning: ImageSet, sigma: float, seed: int, device: str) -> ImagePairs:
-    return ImagePairs.build(tuning.images, Degradation("denoising", sigma=sigma / LEVELS, seed=seed), device=device)
+    degradation = Degradation("denoising", sigma=sigma / LEVELS, seed=seed)
+    return ImagePairs.build(tuning.images, degradation, torch.float32, device)  # see TUNING_ACCURACY
 
 
 def _check(regularizers: Mapping[str, Regularizer], sigmas: Sequence[float], tune: bool, tv: bool) -> None:
