@@ -309,7 +309,7 @@ def _warm_starts(config: RunConfig, pairs: ImagePairs, folder: Path | None) -> W
 
 # settings that a method may take as arguments of the same names
 _METHOD_SETTINGS = (
-    *("lr", "relative", "error_tol", "residual_tol", "tolerance"),
+    *("lr", "relative", "error_tol", "residual_tol", "tolerance", "stationarity_tol"),
     *("schedule", "warmup", "clip", "average", "lr_scale"),
 )
 

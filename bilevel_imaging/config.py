@@ -23,7 +23,7 @@ DEFAULT_RIDGE = {
     "mri": 1e-4,
 }
 # parameters are logarithms: this changes them by 5 % in a step, where the optimizers' own defaults change 0.1 %
-DEFAULT_LR = {"adam": 0.05, "adamw": 0.05, "rmsprop": 0.05}
+DEFAULT_LR = {"adam": 0.05, "adamw": 0.05, "rmsprop": 0.05, "inexact_adam": 0.05}
 # a change of the loss by 1e-5 of itself changes the PSNR by 4e-5 dB
 DEFAULT_TOLERANCE = {"maid": 1e-5}
 
@@ -268,13 +268,18 @@ class UpperConfig:
     """Upper-level method: changes the parameters. null leaves a choice to the method.
 
     Attributes:
-        method: maid (chooses accuracies and steps itself), or a first-order one such as adam or sgd.
+        method: maid (chooses accuracies and steps itself), another that compares losses of all images such as hoag,
+            a first-order one such as adam or sgd, one of these with accuracies and steps that fall (inexact_sgd,
+            inexact_adam), or one that follows the reconstructions instead of computing them anew (fsla, which needs
+            hundreds of its cheap steps, mrbo, vrbo).
         max_steps: steps of the whole run; it ends earlier when the method has converged.
-        lr: learning rate of a first-order method.
+        lr: learning rate of a first-order method, the first one if it falls.
         relative: hypergradients are certified to this fraction of their norm.
-        error_tol: fixed lower-level accuracy instead of relative (first-order methods).
-        residual_tol: fixed adjoint accuracy instead of relative (first-order methods).
-        tolerance: stop when a step is predicted to lower the loss by less than this fraction (maid).
+        error_tol: fixed lower-level accuracy instead of relative (first-order methods); of inexact_* the first one.
+        residual_tol: fixed adjoint accuracy instead of relative (first-order methods); likewise.
+        tolerance: stop when a step is predicted to lower the loss by less than this fraction (maid, noisy_line_search,
+            noisy_trust_region); what counts as equal in dfo_ls and grid.
+        stationarity_tol: stop when the norm of the exact hypergradient is certified to be at most this; null for never.
         minibatch: patches of one step, in shuffled order (first-order methods); null for all.
         schedule: of the learning rate: constant, or cosine, which falls to a hundredth of it over max_steps
             (first-order methods); another max_steps at a resume changes it from there on.
@@ -298,6 +303,7 @@ class UpperConfig:
     error_tol: float | None = None
     residual_tol: float | None = None
     tolerance: float | None = None
+    stationarity_tol: float | None = None
     minibatch: int | None = None
     schedule: str = "constant"
     warmup: int = 0
@@ -308,12 +314,12 @@ class UpperConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS
+        from bilevel_imaging.upper_level import ALL_IMAGES_METHODS, UPPER_LEVEL_METHODS
         from bilevel_imaging.upper_level.long_runs import SCHEDULES
 
         _one_of("upper.method", self.method, UPPER_LEVEL_METHODS)
         _at_least("upper.max_steps", self.max_steps, 0)
-        for name in ("lr", "relative", "error_tol", "residual_tol", "tolerance"):
+        for name in ("lr", "relative", "error_tol", "residual_tol", "tolerance", "stationarity_tol"):
             if getattr(self, name) is not None:
                 _number(f"upper.{name}", getattr(self, name), "> 0")
         _number("upper.sampling_penalty", self.sampling_penalty, ">= 0")
@@ -327,8 +333,14 @@ class UpperConfig:
             _number(f"upper.lr_scale: {part}", scale, "> 0")
         if self.minibatch is not None:
             _at_least("upper.minibatch", self.minibatch, 1)
-            if self.method == "maid":
-                raise ValueError("upper.minibatch: maid compares losses of all images. Choose another upper.method.")
+            if self.method in ALL_IMAGES_METHODS:
+                raise ValueError(
+                    f"upper.minibatch: {self.method} compares losses of all images. Choose another upper.method."
+                )
+            if self.stationarity_tol is not None:
+                raise ValueError(
+                    "upper.stationarity_tol: a minibatch does not say how large the mean is. Leave it out."
+                )
 
 
 @dataclass(frozen=True)
@@ -383,6 +395,8 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from bilevel_imaging.upper_level import ALL_IMAGES_METHODS, FOLLOWING_METHODS
+
         data, upper = self.data, self.upper
         if data.color and self.problem.kind == "mri":
             raise ValueError("data.color: mri reconstructs complex images of one channel. Leave it out.")
@@ -390,8 +404,16 @@ class RunConfig:
             raise ValueError(
                 f"upper.sampling_penalty: expected problem.data_weight mask. Got {self.problem.data_weight or 'null'}."
             )
-        if data.random_patches and upper.method == "maid":
-            raise ValueError("data.random_patches: maid compares losses of all images. Choose another upper.method.")
+        if data.random_patches and upper.method in ALL_IMAGES_METHODS:
+            raise ValueError(
+                f"data.random_patches: {upper.method} compares losses of all images. Choose another upper.method."
+            )
+        if upper.method in FOLLOWING_METHODS and (data.random_patches or data.warm_starts == "none"):
+            key = "random_patches" if data.random_patches else "warm_starts"
+            raise ValueError(
+                f"data.{key}: {upper.method} keeps a point of every patch from step to step. Choose fixed patches, "
+                "with warm starts in memory or on the disk."
+            )
         if data.random_patches and upper.minibatch is None:
             raise ValueError(
                 "data.random_patches: expected upper.minibatch, the number of patches of a step. Got null."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from bilevel_imaging.data import Batch
 from bilevel_imaging.derivatives import Constants
 from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient
-from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
-from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
-from bilevel_imaging.training.warm_starts import WarmStarts
-from bilevel_imaging.upper_level import SamplingPenalty, SquaredError
+from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver, Recycled
+from bilevel_imaging.lower_solvers import GradientDescent, LowerSolver, NewtonCG
+from bilevel_imaging.training.warm_starts import NoWarmStarts, WarmStarts
+from bilevel_imaging.upper_level import Samples, SamplingPenalty, SquaredError
 
 # images solved together at most, so that memory does not grow with the data set
 DEFAULT_BATCH = 64
@@ -92,6 +94,14 @@ class MeanObjective(abc.ABC):
         """What the next hypergradient is the mean of."""
 
     @abc.abstractmethod
+    def _all_chunks(self) -> Iterable[Chunk]:
+        """All images.
+
+        Raises:
+            ValueError: there are endlessly many.
+        """
+
+    @abc.abstractmethod
     def constants(self) -> Constants:
         """Constants of the lower-level problem of one image at the current theta."""
 
@@ -144,6 +154,65 @@ class MeanObjective(abc.ABC):
         if result.certified and result.bound <= relative * result.norm:
             return replace(result, reason="")  # what single batches fell short of does not matter
         return result
+
+    def draw(self, *, everything: bool = False) -> list[Samples]:
+        """See :class:`SampledObjective`; takes the minibatches in the same order as ``hypergradient``."""
+        if isinstance(self.warm, NoWarmStarts):
+            raise ValueError(
+                "Expected an objective that keeps the points of its images between steps. Got one without warm starts: "
+                "use fixed patches, with warm starts in memory or on the disk."
+            )
+        chunks = self._all_chunks() if everything else self._next_chunks()
+        return [self._samples(chunk) for chunk in chunks]
+
+    def _samples(self, chunk: Chunk) -> Samples:
+        return Samples(
+            indices=chunk.indices,
+            problem=chunk.problem,
+            loss=LossOracle(self.loss, chunk.x_true, chunk.problem.shape),
+            x=MeanObjective._start(self, chunk),
+            q=self._adjoints(chunk),
+        )
+
+    def keep(self, samples: Samples, x: Tensor, q: Tensor) -> None:
+        """See :class:`SampledObjective`."""
+        self.warm.put(samples.indices, x, q)
+
+    def solve(self, samples: Samples, relative: float) -> Hypergradient:
+        """See :class:`SampledObjective`."""
+        return self._hypergradient(samples, samples.x, samples.q, self.lower, self.linear, relative=relative)
+
+    def certify(self, parts: Sequence[tuple[Samples, Tensor, Tensor]]) -> Hypergradient:
+        """See :class:`SampledObjective`; costs what the certificate costs, and the residuals of both solvers."""
+        lower, linear = GradientDescent(max_iter=0), Recycled()  # they return what they start from, and measure it
+        anything = {"error_tol": math.inf, "residual_tol": math.inf}
+        estimates = [self._hypergradient(s, x, q, lower, linear, **anything) for s, x, q in parts]
+        return self._penalized(average(estimates, [len(s.indices) for s, _, _ in parts]))
+
+    def exact_term(self) -> tuple[float, dict[str, Tensor]]:
+        """See :class:`SampledObjective`."""
+        return (0.0, {}) if self.penalty is None else (self.penalty.value(), {self.penalty.NAME: self.penalty.grad()})
+
+    def _hypergradient(
+        self,
+        samples: Samples,
+        x: Tensor | None,
+        q: Tensor | None,
+        lower: LowerSolver,
+        linear: LinearSolver,
+        **accuracy: float,
+    ) -> Hypergradient:
+        return hypergradient(
+            samples.problem,
+            self.loss,
+            samples.loss.x_true,
+            lower=lower,
+            linear=linear,
+            x0=x,
+            q0=q,
+            certificate=self.certificate,
+            **accuracy,
+        )
 
     def _penalized(self, h: Hypergradient) -> Hypergradient:
         return h if self.penalty is None else self.penalty.added_to(h)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +75,9 @@ class RandomPatchObjective(MeanObjective):
 
     def constants(self) -> Constants:
         return self._chunk(self.patches.batch(0).split(1)[0]).problem.constants()
+
+    def _all_chunks(self) -> Iterable[Chunk]:
+        raise ValueError("Expected a finite set of images to go through. Got random patches: use ImagePairs.")
 
     def value(self, error_tol: float) -> CertifiedValue:
         """Not available.

@@ -1,14 +1,20 @@
-"""The upper-level contract: methods ask an objective for values and hypergradients *at an accuracy*."""
+"""The upper-level contract: methods ask an objective for values and hypergradients *at an accuracy*.
+
+Methods that make the steps of the lower level themselves ask for its problems instead: ``SampledObjective``.
+"""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
+from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.result import Hypergradient
 
 
@@ -47,6 +53,67 @@ class Objective(Protocol):
         bound_tol: float | None = None,
     ) -> Hypergradient:
         """The hypergradient at the current theta."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Images drawn for one step, with the lower-level problems that a method steps through itself.
+
+    Attributes:
+        indices: of the images.
+        problem: their B lower-level problems; they follow theta, and count the work.
+        loss: value ``(B,)`` and gradient ``(B, *image)`` of the upper-level loss at any x.
+        x: points where the last steps ended, ``(B, *image)``; ``None`` for the start of the problem.
+        q: adjoints where they ended, ``(B, *image)``; ``None`` if the images were never solved.
+    """
+
+    indices: tuple[int, ...]
+    problem: LowerLevelProblem
+    loss: LossOracle
+    x: Tensor | None
+    q: Tensor | None
+
+
+@runtime_checkable
+class SampledObjective(Objective, Protocol):
+    """An objective that also hands out lower-level problems, for methods that take single steps in x and q.
+
+    F = mean over images of f_i(x_i*(theta)) + r(theta), where r is the exact term. The objective chooses the images,
+    keeps a point and an adjoint of each, and certifies a mean hypergradient -J^T q for any of them; the method does
+    the rest. ``bilevel_imaging.training.BilevelObjective`` implements it.
+
+    Attributes:
+        minibatch: images of one draw; ``None`` for all.
+    """
+
+    minibatch: int | None
+
+    def draw(self, *, everything: bool = False) -> list[Samples]:
+        """The next minibatch, or all images, in batches of one shape.
+
+        Raises:
+            ValueError: the objective keeps no points between steps.
+        """
+        ...
+
+    def keep(self, samples: Samples, x: Tensor, q: Tensor) -> None:
+        """Where the steps of these images ended: what the next draw of them starts from."""
+        ...
+
+    def solve(self, samples: Samples, relative: float) -> Hypergradient:
+        """The hypergradient of these images at the current theta by the solvers of the objective, without r."""
+        ...
+
+    def certify(self, parts: Sequence[tuple[Samples, Tensor, Tensor]]) -> Hypergradient:
+        """The hypergradient of the mean over all images in ``parts``, with r, from points x and adjoints q as they are.
+
+        Nothing is solved: the bound is the a posteriori one, which holds for any x and q.
+        """
+        ...
+
+    def exact_term(self) -> tuple[float, dict[str, Tensor]]:
+        """Value and gradient of r at the current theta; without the parameters on which r does not depend."""
         ...
 
 

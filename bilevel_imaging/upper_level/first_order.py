@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.hypergradients import Hypergradient
 from bilevel_imaging.upper_level.base import Objective, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.certified_steps import (
+    certified_stationary,
+    check_positive,
+    report,
+    require_all_images,
+    value_with,
+)
 from bilevel_imaging.upper_level.long_runs import SCHEDULES, NormClip, TailAverage, schedule_factor
 from bilevel_imaging.upper_level.quasi_newton import flatten
 
@@ -38,6 +46,8 @@ class FirstOrder(UpperLevelMethod):
             are not changed; :meth:`learned` gives the average.
         lr_scale: factors of the learning rate by part of a parameter's name, e.g. ``{"filters": 0.3}``; of several
             that occur in a name the longest counts.
+        stationarity_tol: stop when ||grad F|| is certified to be at most this; ``None`` for never.
+            Not with minibatches.
         **options: further arguments of the optimizer.
 
     Raises:
@@ -58,6 +68,7 @@ class FirstOrder(UpperLevelMethod):
         clip: float | None = None,
         average: float = 0.0,
         lr_scale: Mapping[str, float] | None = None,
+        stationarity_tol: float | None = None,
         **options: Any,
     ):
         known = {n: c for n, c in vars(torch.optim).items() if _usable(c)}
@@ -68,6 +79,8 @@ class FirstOrder(UpperLevelMethod):
         if tolerances and relative is not None:
             raise ValueError("Expected relative, or error_tol and residual_tol. Got both.")
         _check(schedule, warmup, total_steps, clip, average, lr_scale)
+        check_positive(stationarity_tol=stationarity_tol)
+        self.stationarity_tol = stationarity_tol
         self.name = names[optimizer.lower()]
         self.build, self.options = known[self.name], dict(options)
         self.lr = inspect.signature(self.build).parameters["lr"].default if lr is None else lr
@@ -106,16 +119,33 @@ class FirstOrder(UpperLevelMethod):
             {"params": params, "lr": self.lr * scale, "full_lr": self.lr * scale} for scale, params in groups.items()
         ]
 
+    def _hypergradient(self, objective: Objective) -> Hypergradient:
+        """That of this step, as accurate as asked for."""
+        return objective.hypergradient(**self.accuracy)
+
+    def _pace(self) -> float:
+        """What the learning rates are multiplied by in this step."""
+        return schedule_factor(self.schedule, self.steps, self.total_steps, self.warmup)
+
     def step(self, objective: Objective) -> StepReport:
-        """One hypergradient, one optimizer step; the loss reported is that before the step."""
+        """One hypergradient, one optimizer step; the loss reported is that before the step.
+
+        Raises:
+            ValueError: ``stationarity_tol`` with an objective that takes minibatches.
+        """
+        if self.stationarity_tol is not None:
+            require_all_images(objective, "a minibatch does not say whether the mean over all images is stationary")
         optimizer = self._prepare(objective)
-        h = objective.hypergradient(**self.accuracy)
+        h = self._hypergradient(objective)
+        stop = certified_stationary(h, self.stationarity_tol)
+        if stop:
+            return report(h, value_with(h), h.cost, stop=stop)
         before = flatten(objective.theta)
         factor = 1.0 if self.clip is None else self.clip.factor(h.norm)
         for name, tensor in objective.theta.items():
             grad = h.grad[name].detach().to(tensor.dtype)
             tensor.grad = grad.clone() if factor == 1 else factor * grad
-        pace = schedule_factor(self.schedule, self.steps, self.total_steps, self.warmup)
+        pace = self._pace()
         for group in optimizer.param_groups:
             group["lr"] = pace * group["full_lr"]
         optimizer.step()
@@ -124,24 +154,8 @@ class FirstOrder(UpperLevelMethod):
             self.average.update(objective.theta, self.steps)
         self.steps += 1
         moved = float((flatten(objective.theta) - before).norm())
-        return StepReport(
-            loss=h.loss,
-            loss_lower=h.loss_interval[0],
-            loss_upper=h.loss_interval[1],
-            grad_norm=h.norm,
-            error_bound=h.bound,
-            certified=h.certified,
-            reason=h.reason,
-            error_tol=h.distance,
-            residual_tol=h.residual,
-            step_size=pace * self.lr,
-            accepted=moved > 0,
-            refinements=0,
-            backtracks=0,
-            param_change=moved,
-            cost=h.cost,
-            extra={} if self.clip is None else {"clip_factor": factor},
-        )
+        extra = {} if self.clip is None else {"clip_factor": factor}
+        return report(h, value_with(h), h.cost, step_size=pace * self.lr, moved=moved, extra=extra)
 
     def learned(self) -> dict[str, Tensor] | None:
         """The average, once the last part of the run has begun."""

@@ -11,6 +11,13 @@ from torch import Tensor
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.certified_steps import (
+    certified_stationary,
+    check_positive,
+    report,
+    require_all_images,
+    value_with,
+)
 from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, flatten
 
 # a trial value is first computed to this fraction of the distance that its interval would need by itself
@@ -46,6 +53,7 @@ class MAID(UpperLevelMethod):
         tolerance: stop when the step predicted to be optimal lowers the loss by less than this fraction of it.
         memory: L-BFGS pairs; 0 for plain descent directions.
         largest_move: largest change of one parameter in one step (parameters are logarithms or of order 1).
+        stationarity_tol: stop when ||grad F|| is certified to be at most this, plateau or not; ``None`` for never.
 
     Raises:
         ValueError: an argument is out of range.
@@ -59,6 +67,7 @@ class MAID(UpperLevelMethod):
         tolerance: float = 1e-6,
         memory: int = 10,
         largest_move: float = LARGEST_MOVE,
+        stationarity_tol: float | None = None,
     ):
         for name, value, low, high in (
             ("relative", relative, 0.0, 1.0),
@@ -68,10 +77,11 @@ class MAID(UpperLevelMethod):
         ):
             if not low < value < high:
                 raise ValueError(f"Expected {name} in ({low}, {high}). Got {value!r}.")
+        check_positive(stationarity_tol=stationarity_tol)
         if memory < 0:
             raise ValueError(f"Expected memory >= 0. Got {memory!r}.")
         self.relative, self.decrease, self.tolerance = relative, decrease, tolerance
-        self.largest_move = largest_move
+        self.largest_move, self.stationarity_tol = largest_move, stationarity_tol
         self.inverse = InverseHessian(memory) if memory else None
         self.growth = 1.0  # length of the next step in units of the quasi-Newton step
         self.step_size = 0.0  # length t of the last accepted step along -P h; 0 before the first
@@ -84,9 +94,11 @@ class MAID(UpperLevelMethod):
         Raises:
             ValueError: the objective takes minibatches.
         """
-        if getattr(objective, "minibatch", None) is not None:
-            raise ValueError("Expected an objective without minibatches: MAID compares losses of all images.")
+        require_all_images(objective, "MAID compares losses of all images")
         h = objective.hypergradient(relative=self.relative)
+        stop = certified_stationary(h, self.stationarity_tol)
+        if stop:
+            return self._report(h, h, 0.0, 0, 0, 0.0, h.cost, stop)
         theta, flat = flatten(objective.theta), flatten(h.grad)
         self._learn_curvature(theta, flat, h.bound)
         direction = self._direction(flat)
@@ -254,25 +266,9 @@ class MAID(UpperLevelMethod):
         return min(max(0.5 * predicted / curvature, 0.1), 0.5) if curvature > 0 else 0.5
 
     def _report(self, h, value, t, refinements, backtracks, moved, cost, stop) -> StepReport:
-        lower, upper = value.loss_interval if isinstance(value, Hypergradient) else (value.lower, value.upper)
-        return StepReport(
-            loss=value.loss if isinstance(value, Hypergradient) else value.value,
-            loss_lower=lower,
-            loss_upper=upper,
-            grad_norm=h.norm,
-            error_bound=h.bound,
-            certified=h.certified,
-            reason=h.reason,
-            error_tol=h.distance,
-            residual_tol=h.residual,
-            step_size=t,
-            accepted=t > 0,
-            refinements=refinements,
-            backtracks=backtracks,
-            param_change=moved,
-            cost=cost,
-            stop=stop,
-        )
+        after = value_with(value) if isinstance(value, Hypergradient) else value
+        counts = {"refinements": refinements, "backtracks": backtracks}
+        return report(h, after, cost, step_size=t, moved=moved, stop=stop, **counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Step size, accuracy, curvature pairs and the last hypergradient."""

@@ -1,0 +1,199 @@
+"""What deterministic methods share: losses accurate enough to compare, certified stationarity, the report of a step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.hypergradients.result import Hypergradient
+from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport
+from bilevel_imaging.upper_level.conditions import gradient_norm_interval
+
+# changes of the accuracy of one value, and how many of them
+LARGEST_CHANGE, SMALLEST_CHANGE, MAX_CHANGES = 0.1, 1e-4, 12
+# solvers may be far more accurate than they were asked to be: so many changes may pass without effect
+MAX_STALLED = 3
+
+
+def require_all_images(objective: Objective, what: str) -> None:
+    """Refuse minibatches.
+
+    Args:
+        objective: of a method.
+        what: why, as in "MAID compares losses of all images".
+
+    Raises:
+        ValueError: the objective takes minibatches.
+    """
+    if getattr(objective, "minibatch", None) is not None:
+        raise ValueError(f"Expected an objective without minibatches: {what}.")
+
+
+def check_range(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
+    """Refuse numbers outside (low, high); ``closed`` allows low itself.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if not (low < value < high or (closed and value == low)):
+        raise ValueError(f"Expected {name} in {'[' if closed else '('}{low}, {high}). Got {value!r}.")
+
+
+def check_positive(**values: float | None) -> None:
+    """Refuse numbers that are not positive and finite; ``None`` passes.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"Expected {name} as a positive number or None. Got {value!r}.")
+
+
+def check_state(state: dict[str, Any], names: set[str], method: str) -> None:
+    """Refuse states that lack something.
+
+    Raises:
+        ValueError: names are missing.
+    """
+    if names - set(state):
+        raise ValueError(f"Expected a state of {method} with {sorted(names)}. Got {sorted(state)}.")
+
+
+def certified_stationary(h: Hypergradient, tolerance: float | None) -> str:
+    """In words, that ||grad F|| <= tolerance for certain; "" where the certificate does not say so.
+
+    Args:
+        h: hypergradient of all images.
+        tolerance: ``None`` for never.
+    """
+    if tolerance is None or not gradient_norm_interval(h)[1] <= tolerance:
+        return ""
+    return f"certified stationary: ||grad F|| <= {gradient_norm_interval(h)[1]:.3g}, asked for {tolerance:.3g}"
+
+
+def value_with(h: Hypergradient) -> CertifiedValue:
+    """The loss that came with a hypergradient; it cost nothing more."""
+    return CertifiedValue(value=h.loss, lower=h.loss_interval[0], upper=h.loss_interval[1], cost=Cost())
+
+
+def half_width(value: CertifiedValue) -> float:
+    """The certified error of the estimate; inf if nothing is certified."""
+    return max(value.upper - value.value, value.value - value.lower)
+
+
+def not_worth(predicted: float, tolerance: float, loss: float) -> str:
+    """In words, that a step is predicted to lower the loss by less than this fraction of it; "" for enough."""
+    return f"predicted decrease below {tolerance:g} of the loss" if predicted < tolerance * abs(loss) else ""
+
+
+def within_certificate(h: Hypergradient) -> str:
+    """In words, that h is not longer than its certified error, so that it says nothing of a descent; "" otherwise."""
+    if h.norm == 0:
+        return "the hypergradient is zero"
+    if h.certified and h.bound >= h.norm:
+        return f"stationary to within the certificate: ||grad F|| <= {h.norm + h.bound:.3g}"
+    return ""
+
+
+def first_error_tol(h: Hypergradient) -> float:
+    """Distance at which ||grad f|| times it is about a tenth of the loss: ||grad f|| ~ sqrt(2 L_f F)."""
+    return 0.1 * max(abs(h.loss), 1e-12) ** 0.5
+
+
+def value_within(
+    objective: Objective, goal: float, error_tol: float, *, hopeless: float = math.inf
+) -> tuple[CertifiedValue, float, int]:
+    """The loss at the current theta with a certified error of at most ``goal``, where rounding allows it.
+
+    Args:
+        objective: whose theta it is.
+        goal: largest half-width of the interval.
+        error_tol: lower-level accuracy of the first try.
+        hopeless: a loss that is certainly above this need not be known better.
+
+    Returns:
+        the narrowest interval found (with the cost of all tries; without certificates the first estimate), the
+        accuracy that gave it, and the number of tries beside the first.
+    """
+    best = objective.value(error_tol)
+    best_tol, cost, stalled, tries = error_tol, best.cost, 0, 0
+    while goal < half_width(best) < math.inf and tries < MAX_CHANGES and stalled < MAX_STALLED:
+        if best.lower > hopeless:
+            break
+        error_tol *= min(max(0.5 * goal / half_width(best), SMALLEST_CHANGE), LARGEST_CHANGE)
+        value = objective.value(error_tol)
+        cost, tries = cost + value.cost, tries + 1
+        stalled = stalled + 1 if half_width(value) > 0.5 * half_width(best) else 0
+        if half_width(value) < half_width(best):
+            best, best_tol = value, error_tol
+    return CertifiedValue(value=best.value, lower=best.lower, upper=best.upper, cost=cost), best_tol, tries
+
+
+def report(
+    h: Hypergradient,
+    value: CertifiedValue,
+    cost: Cost,
+    *,
+    step_size: float = 0.0,
+    moved: float = 0.0,
+    refinements: int = 0,
+    backtracks: int = 0,
+    stop: str = "",
+    extra: dict[str, float] | None = None,
+) -> StepReport:
+    """The report of a step along a hypergradient; ``value`` is the loss after it, a positive ``moved`` its length."""
+    return StepReport(
+        loss=value.value,
+        loss_lower=value.lower,
+        loss_upper=value.upper,
+        grad_norm=h.norm,
+        error_bound=h.bound,
+        certified=h.certified,
+        reason=h.reason,
+        error_tol=h.distance,
+        residual_tol=h.residual,
+        step_size=step_size,
+        accepted=moved > 0,
+        refinements=refinements,
+        backtracks=backtracks,
+        param_change=moved,
+        cost=cost,
+        stop=stop,
+        extra=extra or {},
+    )
+
+
+def report_without_hypergradient(
+    value: CertifiedValue,
+    cost: Cost,
+    *,
+    grad_norm: float,
+    error_tol: float,
+    moved: float,
+    refinements: int,
+    backtracks: int,
+    stop: str,
+    extra: dict[str, float],
+) -> StepReport:
+    """The report of a derivative-free step: the loss is certified, there is no hypergradient that could be."""
+    return StepReport(
+        loss=value.value,
+        loss_lower=value.lower,
+        loss_upper=value.upper,
+        grad_norm=grad_norm,
+        error_bound=math.inf,
+        certified=False,
+        reason="derivative-free: there is no hypergradient to certify",
+        error_tol=error_tol,
+        residual_tol=0.0,
+        step_size=moved,
+        accepted=moved > 0,
+        refinements=refinements,
+        backtracks=backtracks,
+        param_change=moved,
+        cost=cost,
+        stop=stop,
+        extra=extra,
+    )
