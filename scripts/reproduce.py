@@ -6,6 +6,7 @@ python scripts/reproduce.py training_curves runs/A runs/B [--json PATH]
 python scripts/reproduce.py ct --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py hypercleaning [--mnist DIR] [--settings SETTING...] [--json PATH]
+python scripts/reproduce.py maid [--budget N] [--problems tv foe] [--json PATH]
 """
 
 import argparse
@@ -31,9 +32,10 @@ EXPERIMENTS = {
     "ct": "bilevel_imaging.experiments.medical",
     "mri": "bilevel_imaging.experiments.medical",
     "hypercleaning": "bilevel_imaging.experiments.hypercleaning",
+    "maid": "bilevel_imaging.experiments.maid",
 }
 MEDICAL = ("ct", "mri")
-WITH_FILES = ("denoising", "training_curves", "hypercleaning", *MEDICAL)
+WITH_FILES = ("denoising", "training_curves", "hypercleaning", "maid", *MEDICAL)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
             add_medical_options(command, name)
         if name == "hypercleaning":
             add_hypercleaning_options(command)
+        if name == "maid":
+            add_maid_options(command)
     return whole
 
 
@@ -112,6 +116,27 @@ def add_hypercleaning_options(command: argparse.ArgumentParser) -> None:
     )
     add("--budget", type=int, help="iterations of both solvers together, per setting (default: 100000)")
     add("--minutes", type=float, help="limit of time per setting (default: none)")
+
+
+def add_maid_options(command: argparse.ArgumentParser) -> None:
+    """What to compare, and for how long."""
+    command.description = "Methods of the MAID paper on TV denoising and Fields of Experts: loss against total work."
+    add = command.add_argument
+    add("--budget", type=int, help="gradients, Hessian and mixed products per method (default: 6000)")
+    add("--problems", nargs="+", metavar="PROBLEM", help="tv, foe (default: both)")
+    add("--figure", type=Path, metavar="PATH", help="also write the picture here")
+
+
+def maid_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of run(); the record is saved after every method."""
+    chosen = {name: getattr(parsed, name) for name in ("budget", "problems")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+
+    def save(record: dict[str, Any]) -> None:
+        if parsed.json is not None:
+            save_record(record, parsed.json)
+
+    return {"save": save, "progress": True, **chosen}
 
 
 def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
@@ -206,6 +231,8 @@ def options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
         return {"folders": parsed.folders}
     if parsed.experiment == "hypercleaning":
         return hypercleaning_options(parsed, experiment)
+    if parsed.experiment == "maid":
+        return maid_options(parsed)
     return medical_options(parsed, experiment) if parsed.experiment in MEDICAL else {}
 
 

@@ -12,8 +12,10 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
+    MAX_STALLED,
     certified_stationary,
     check_positive,
+    first_error_tol,
     report,
     require_all_images,
     value_with,
@@ -22,6 +24,8 @@ from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, fla
 
 # a trial value is first computed to this fraction of the distance that its interval would need by itself
 TIGHTEN, MAX_TIGHTENINGS, MAX_TRIALS = 0.1, 8, 25
+# factor of steps that are too short to tell what they do
+LENGTHEN = 10.0
 LARGEST_FIRST_MOVE, LARGEST_MOVE = 0.5, 2.0
 # up to this many parameters, stationary points are checked for being plateaus
 FEW_PARAMETERS = 16
@@ -199,6 +203,8 @@ class MAID(UpperLevelMethod):
         """Backtrack along -P h until a trial is certified to decrease the loss."""
         cost, refinements = h.cost, 0
         value: CertifiedValue | None = None
+        shortened = False
+        long_enough = LARGEST_FIRST_MOVE / float(direction.abs().max())
         for backtracks in range(MAX_TRIALS):
             assign(objective.theta, theta - t * direction)
             trial = self._try(objective, h, self.decrease * t * slope)
@@ -208,8 +214,13 @@ class MAID(UpperLevelMethod):
                 self.step_size = t
                 moved = t * float(direction.norm())
                 return self._report(h, value, t, refinements, backtracks, moved, cost, "")
-            if trial.verdict == "undecided" and backtracks > 0:
-                break  # shorter steps change the loss even less than what can't be told apart already
+            if trial.verdict == "undecided":
+                if shortened:
+                    break  # shorter steps change the loss even less than what can't be told apart already
+                if t < long_enough:  # so does this one, and nothing says yet that a longer one is too long
+                    t = min(LENGTHEN * t, long_enough)
+                    continue
+            shortened = True
             t *= self._shrink(h.loss, value.value, t * slope)
         assign(objective.theta, theta)
         stop = "no decrease of the loss can be certified any more along the negative hypergradient"
@@ -222,10 +233,11 @@ class MAID(UpperLevelMethod):
         """Tighten the value at the trial until it is certainly below or certainly not below the old loss - needed."""
         lower, upper = h.loss_interval
         certified = h.certified and upper < float("inf")
-        error_tol = self.error_tol or self._first_error_tol(h)
+        # a coarser start, e.g. after a large drop of the loss, could decide nothing
+        error_tol = min(self.error_tol or float("inf"), first_error_tol(h))
         total = Cost()
         width = float("inf")
-        refinement = 0
+        refinement = stalled = 0
         while True:
             value = objective.value(error_tol)
             total = total + value.cost
@@ -237,11 +249,12 @@ class MAID(UpperLevelMethod):
                 spare = certified and value.upper - value.lower < 0.1 * abs(h.loss - value.value)
                 self.error_tol = error_tol * (2 if spare else 1)
                 break
-            narrower = value.upper - value.lower < 0.5 * width
+            # warm starts can be more accurate than they were asked to be: the same solution may come again
+            stalled = 0 if value.upper - value.lower < 0.5 * width else stalled + 1
             enough = value.upper - value.lower < 0.5 * (upper - lower) or refinement == MAX_TIGHTENINGS
-            if enough or not narrower:
+            if enough or stalled == MAX_STALLED:
                 break  # a rounding floor, or what is left is the uncertainty of the old loss
-            width = value.upper - value.lower
+            width = min(width, value.upper - value.lower)
             error_tol *= TIGHTEN
             refinement += 1
         value = CertifiedValue(value=value.value, lower=value.lower, upper=value.upper, cost=total)
@@ -254,10 +267,6 @@ class MAID(UpperLevelMethod):
         if value.upper <= lower:
             return "accept"
         return "reject" if value.lower > upper else "undecided"
-
-    def _first_error_tol(self, h: Hypergradient) -> float:
-        """Distance at which ||grad f|| * distance is about a tenth of the loss: ||grad f|| ~ sqrt(2 L_f F)."""
-        return 0.1 * max(abs(h.loss), 1e-12) ** 0.5
 
     @staticmethod
     def _shrink(old: float, new: float, predicted: float) -> float:
