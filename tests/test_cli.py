@@ -185,7 +185,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ("--problem.nois=1", "Allowed in problem: kind, sigma"),
         ("--problme.kind=x", "Allowed groups: data, problem"),
         ("--problem.kind=deblurring --problem.ridge=0", "problem.ridge: expected a finite number > 0"),
-        ("--upper.method=foo", "upper.method: expected one of maid, adam"),
+        ("--upper.method=foo", "upper.method: expected one of maid, maid_paper"),
         ("--upper.lr=0.1", "upper.lr: maid does not take it"),
         ("--upper.minibatch=2", "upper.minibatch"),
         ("--upper.method=adam --upper.schedule=step", "upper.schedule: expected one of constant, cosine. Got 'step'"),

@@ -570,8 +570,8 @@ def test_noise_depends_on_seed_index_and_shape_alone(kind: str) -> None:
     x = degradation.image(torch.rand(4, 1, 12, 12, dtype=torch.float64))
     y = degradation.measure(x, [3, 1, 4, 9])
     torch.manual_seed(99)
-    # sums of a sparse matrix are in another order for a batch
-    rounding = 1e-14 if kind == "tomography" else 0.0
+    # Fourier transforms and sums of a sparse matrix may be in another order for a batch
+    rounding = 0.0 if kind in ("denoising", "inpainting") else 1e-14
     assert (degradation.measure(x[2], 4) - y[2]).abs().max() <= rounding
     assert (degradation.measure(x[[1, 0]], torch.tensor([1, 3])) - y[[1, 0]]).abs().max() <= rounding
     assert (degradation.measure(x.float(), [3, 1, 4, 9]).double() - y).abs().max() < 1e-6
