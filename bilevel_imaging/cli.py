@@ -13,6 +13,8 @@ from bilevel_imaging.config import RunConfig
 
 CONFIG_FILE = "config.yaml"
 RUNS_FOLDER = Path("runs")
+# what a folder that holds a run has, and what to say of it
+RUN_FILES, RUN_EXISTS = (CONFIG_FILE, "metrics.jsonl"), "already holds a run. Continue it with --resume {output}."
 # what may be changed when a run is continued: nothing on which its steps depend
 RESUME_MAY_CHANGE = ("upper.max_steps", "logging.")
 _SHORT = {"total_variation": "tv", "denoising": "denoise", "deblurring": "deblur", "inpainting": "inpaint"}
@@ -132,14 +134,15 @@ def _train(argv: Sequence[str] | None) -> int:
     if parsed.resume is not None:
         config, folder = _continued(parser, arguments, Path(parsed.resume).expanduser(), parsed.output)
     else:
-        config = _configuration(parser, parsed).resolved()
-        folder = _new_folder(parsed.output, _run_name(parsed, config))
+        config = configuration(parser, parsed).resolved()
+        folder = new_folder(parsed.output, _run_name(parsed, config), RUN_FILES, RUN_EXISTS)
     from bilevel_imaging.training_run import train
 
     return train(config, folder, resume=parsed.resume is not None)
 
 
-def _configuration(parser: Any, parsed: Any) -> RunConfig:
+def configuration(parser: Any, parsed: Any) -> RunConfig:
+    """The settings among parsed arguments."""
     values = parser.instantiate(parsed)
     return RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
 
@@ -156,7 +159,7 @@ def read_config(folder: Path) -> RunConfig:
         raise ValueError(f"{folder}: {kind}. Give the folder that the training named, e.g. runs/tv_denoise.")
     parser = _train_parser()
     try:
-        return _configuration(parser, parser.parse_args([f"--config={path}"]))
+        return configuration(parser, parser.parse_args([f"--config={path}"]))
     except Exception as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
@@ -168,7 +171,7 @@ def _continued(parser: Any, arguments: list[str], folder: Path, output: str | No
     saved = read_config(folder)
     # The saved settings come first, so that whatever is given again overrides them and can be compared.
     given = parser.parse_args([f"--config={folder / CONFIG_FILE}", *arguments])
-    config = _configuration(parser, given).resolved()
+    config = configuration(parser, given).resolved()
     changed = [name for name in saved.differences(config) if not name.startswith(RESUME_MAY_CHANGE)]
     if changed:
         raise ValueError(
@@ -187,14 +190,24 @@ def _run_name(parsed: Any, config: RunConfig) -> str:
     return "_".join(_SHORT.get(kind, kind) for kind in kinds) + ("_color" if config.data.color else "")
 
 
-def _new_folder(output: str | None, name: str) -> Path:
-    """The folder asked for, or the first free one in runs/, made at once so that no other run takes it."""
+def new_folder(output: str | None, name: str, files: Sequence[str], taken: str) -> Path:
+    """The folder asked for, or the first free one in runs/, made at once so that no other run takes it.
+
+    Args:
+        output: what the user asked for.
+        name: of a folder in runs/.
+        files: a folder that holds one of them is not overwritten.
+        taken: what to say then; ``{output}`` stands for the folder.
+
+    Raises:
+        ValueError: the folder cannot be used.
+    """
     if output is not None:
         folder = Path(output).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--output {output}: is a file. Give a folder.")
-        if (folder / CONFIG_FILE).exists() or (folder / "metrics.jsonl").exists():
-            raise ValueError(f"--output {output}: already holds a run. Continue it with --resume {output}.")
+        if any((folder / file).exists() for file in files):
+            raise ValueError(f"--output {output}: {taken.format(output=output)}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     for number in range(1, 10_000):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,10 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bilevel_imaging.cli import guarded, make_parser
+from bilevel_imaging.cli import configuration, guarded, make_parser, new_folder
 from bilevel_imaging.config import LinearConfig, LowerConfig, RunConfig, UpperConfig
 
-COMPARISONS_FOLDER = Path("runs")
 RECORD_FILE, FIGURE_FILE, BOARD_FOLDER = "record.json", "comparison.png", "tensorboard"
 METHODS = ("maid", "maid_paper", "hoag", "adam")
 BUDGET = 20_000
@@ -57,23 +55,21 @@ def _parser() -> Any:
 def _compare(argv: Sequence[str] | None) -> int:
     parser = _parser()
     parsed = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
-    values = parser.instantiate(parsed)
-    config = RunConfig(**{f.name: getattr(values, f.name) for f in fields(RunConfig)})
+    config = configuration(parser, parsed)
     _check(config, parsed)
     configs = {text: _with_method(parser, config, text) for text in parsed.methods}
     from bilevel_imaging.experiments import method_comparison
+    from bilevel_imaging.training_run import write_json
 
     specs = [_spec(text, one) for text, one in configs.items()]
     objective, error_tol = _objectives(config, parsed.seeds)
     for one in configs.values():
         objective(one, parsed.seeds[0])  # mistakes in any of the settings show before the first method runs
-    folder = _new_folder(parsed.output)
+    folder = new_folder(parsed.output, "comparison", [RECORD_FILE], "already holds a comparison. Give another folder.")
 
     def save(record: dict[str, Any]) -> None:
-        content = json.dumps(record | {"config": asdict(config)}, indent=2, allow_nan=False) + "\n"
         for path in filter(None, (folder / RECORD_FILE, parsed.json and Path(parsed.json).expanduser())):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content)
+            write_json(path, record | {"config": asdict(config)})
 
     record = method_comparison.run(
         specs,
@@ -185,23 +181,3 @@ def _objectives(config: RunConfig, seeds: Sequence[int]) -> tuple[Callable[[RunC
         return assembly.make_objective(seeded, assembly.make_energy(seeded), pairs(one.problem.dtype, seed))
 
     return objective, ERROR_TOL * pairs(config.problem.dtype, seeds[0]).x[0].numel() ** 0.5
-
-
-def _new_folder(output: str | None) -> Path:
-    """The folder asked for, or the first free one in runs/."""
-    if output is not None:
-        folder = Path(output).expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output {output}: is a file. Give a folder.")
-        if (folder / RECORD_FILE).exists():
-            raise ValueError(f"--output {output}: already holds a comparison. Give another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for number in range(1, 10_000):
-        folder = COMPARISONS_FOLDER / ("comparison" if number == 1 else f"comparison-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise ValueError(f"{COMPARISONS_FOLDER}: too many comparisons. Give --output.")

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from bilevel_imaging import comparison_cli
+from bilevel_imaging.cli import new_folder
 from bilevel_imaging.comparison_cli import compare_main
 from bilevel_imaging.experiments import method_comparison
 from bilevel_imaging.upper_level import HOAG, FirstOrder
@@ -156,7 +157,7 @@ def test_a_finished_comparison_is_not_overwritten(capsys, tmp_path):
     (tmp_path / "old" / "record.json").write_text("{}")
     assert "already holds a comparison" in fails(capsys, "--output", "old")
     (tmp_path / "runs" / "comparison").mkdir(parents=True)
-    assert comparison_cli._new_folder(None).name == "comparison-2"
+    assert new_folder(None, "comparison", [], "").name == "comparison-2"
 
 
 def test_ctrl_c_writes_what_is_finished(monkeypatch, capsys, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bilevel_imaging.experiments.palette import DOTS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -14,7 +16,6 @@ NOISY = "noisy"
 COLUMNS = {"psnr": ("PSNR", 7, ".2f"), "ssim": ("SSIM", 8, ".4f"), "distance": ("distance", 10, ".1e")}
 COLUMNS["seconds"] = ("seconds", 9, ".2f")
 # Okabe and Ito's colors for all kinds of color vision, with shapes besides
-STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "os^Dv<", strict=True))
 MANY = 40  # images: their names have no room in a figure
 
 
@@ -97,7 +98,7 @@ def _panel(axis: Axes, level: Record, *, labels: bool) -> None:
     names = list(level["images"])
     methods = [method for method in level["mean"] if method != NOISY]
     for k, method in enumerate(methods):
-        color, marker = STYLES[k % len(STYLES)]
+        color, marker = DOTS[k % len(DOTS)]
         values = [level["images"][name][method]["psnr"] for name in names]
         axis.plot(values, range(len(names)), marker, color=color, label=method, markersize=5, alpha=0.9)
         axis.axvline(level["mean"][method]["psnr"], color=color, linewidth=1, linestyle="--")

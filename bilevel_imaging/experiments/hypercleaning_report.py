@@ -5,14 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
+from bilevel_imaging.experiments.palette import line_style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Record = dict[str, Any]
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", ":", "-.")
 
 
 def figures(record: Record) -> dict[str, Figure]:
@@ -27,7 +26,7 @@ def figures(record: Record) -> dict[str, Figure]:
             _draw(axis, one, key, name, i)
             if one["published"] is not None:
                 end = record["budget"] if key == "iterations" else one["published"][1]
-                axis.plot(end, one["published"][0], "o", color=_style(i)["color"], markerfacecolor="none")
+                axis.plot(end, one["published"][0], "o", color=line_style(i)["color"], markerfacecolor="none")
         axis.set(xlabel=label, xscale="symlog" if key == "step" else "log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss")
@@ -36,11 +35,7 @@ def figures(record: Record) -> dict[str, Figure]:
 
 
 def _draw(axis: Axes, one: Record, key: str, name: str, number: int) -> None:
-    axis.plot([p[key] for p in one["curve"]], [p["objective"] for p in one["curve"]], label=name, **_style(number))
-
-
-def _style(number: int) -> dict[str, str]:
-    return {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
+    axis.plot([p[key] for p in one["curve"]], [p["objective"] for p in one["curve"]], label=name, **line_style(number))
 
 
 def table(record: Record) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bilevel_imaging.experiments.palette import DOTS
 from bilevel_imaging.training.comparison import comparison_figure
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ Record = dict[str, Any]
 
 COLUMNS = {"psnr": ("PSNR", 7, ".2f"), "ssim": ("SSIM", 8, ".4f"), "distance": ("distance", 10, ".1e")}
 # Okabe and Ito's colors for all kinds of color vision, with shapes besides
-STYLES = tuple(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "os^Dv<", strict=True))
 SHOWN = 2  # slices in the figure
 
 
@@ -112,7 +112,7 @@ def figure(record: Record) -> Figure:
     picture = Figure(figsize=(7.0, 1.8 + 0.3 * len(names)), layout="constrained")
     axis = picture.subplots()
     for k, (method, made) in enumerate(methods.items()):
-        color, marker = STYLES[k % len(STYLES)]
+        color, marker = DOTS[k % len(DOTS)]
         values = [made["slices"][name]["psnr"] for name in names]
         axis.plot(values, range(len(names)), marker, color=color, label=method, markersize=5)
         axis.axvline(made["mean"]["psnr"], color=color, linewidth=1, linestyle="--")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from bilevel_imaging.experiments.palette import COLORS, line_style
 from bilevel_imaging.training.progress import format_interval
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ Record = dict[str, Any]
 
 # a loss counts as reached within this fraction of the best one
 WITHIN = 0.005
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-LINES = ("-", "--", ":", "-.")
+MANY_COLORS = (*COLORS, "#000000", "#999999")
 # smallest excess over the best loss that is drawn
 FLOOR = 1e-6
 AXES = {"work": "gradients + Hessian + mixed products", "seconds": "seconds"}
@@ -170,7 +170,7 @@ def draw(axes: Sequence[Axes], record: Record) -> None:
 
 
 def _draw(axis: Axes, one: Record, key: str, best: float, number: int) -> None:
-    style = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
+    style = line_style(number, MANY_COLORS)
     points = [point for point in one["curve"] if point["step"] > 0]
     place = [point[key] for point in points]
     height = [_above(point["measured"] and point["measured"]["loss"], best) for point in points]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel_imaging.errors import DataError
+from bilevel_imaging.experiments.palette import COLORS
 from bilevel_imaging.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ Record = dict[str, Any]
 # points of a curve that are kept
 POINTS = 300
 KEPT = ("step", "seconds", "loss", "loss_lower", "loss_upper", "grad_norm", "relative_bound", "work")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def run(folders: Sequence[Path]) -> Record:

@@ -57,8 +57,9 @@ def check_state(state: dict[str, Any], names: set[str], method: str) -> None:
     Raises:
         ValueError: names are missing.
     """
-    if names - set(state):
-        raise ValueError(f"Expected a state of {method} with {sorted(names)}. Got {sorted(state)}.")
+    missing = names - set(state)
+    if missing:
+        raise ValueError(f"Expected a state of {method} with {sorted(missing)}. Got {sorted(state)}.")
 
 
 def certified_stationary(h: Hypergradient, tolerance: float | None) -> str:

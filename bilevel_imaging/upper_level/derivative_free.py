@@ -29,6 +29,7 @@ from bilevel_imaging.upper_level.certified_steps import (
 )
 from bilevel_imaging.upper_level.losses import SquaredError
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
+from bilevel_imaging.upper_level.sampled_method import exact_term
 from bilevel_imaging.upper_level.trust_region_models import trust_region_step
 
 # least part of the predicted decrease; part from which the radius grows; its factors (the paper's)
@@ -114,7 +115,7 @@ class DFOLS(UpperLevelMethod):
         objective = cast(SampledObjective, objective)
         cost = self._prepare(objective)
         slopes = self._slopes()
-        gradient = slopes @ self.points[0].residuals + _exact_gradient(objective, self.points[0].theta)
+        gradient = slopes @ self.points[0].residuals + exact_term(objective)[1]
         hessian = slopes @ slopes.T
         s, predicted = torch.zeros_like(gradient), 0.0
         if bool(gradient.any()):
@@ -156,7 +157,7 @@ class DFOLS(UpperLevelMethod):
     def _evaluate(self, objective: SampledObjective, theta: Tensor, error_tol: float) -> _Point:
         """Reconstruct all images at theta."""
         assign(objective.theta, theta)
-        exact = objective.exact_term()[0]
+        exact = exact_term(objective)[0]
         sums, residuals, count, cost = torch.zeros(3, dtype=torch.float64), [], 0, Cost()
         for samples in objective.draw(everything=True):
             if not isinstance(samples.loss.loss, SquaredError):
@@ -277,10 +278,3 @@ class DFOLS(UpperLevelMethod):
         for theta, residuals, (value, lower, upper), error_tol in state["points"]:
             certified = CertifiedValue(value=value, lower=lower, upper=upper, cost=Cost())
             self.points.append(_Point(theta.clone(), residuals.clone(), certified, float(error_tol)))
-
-
-def _exact_gradient(objective: SampledObjective, like: Tensor) -> Tensor:
-    """Of the exact term, in one vector."""
-    known = objective.exact_term()[1]
-    pieces = [known.get(name, torch.zeros_like(tensor)).detach() for name, tensor in objective.theta.items()]
-    return torch.cat([piece.double().flatten().cpu() for piece in pieces]).to(like)

@@ -15,6 +15,7 @@ from bilevel_imaging.upper_level.base import Objective, StepReport, UpperLevelMe
 from bilevel_imaging.upper_level.certified_steps import (
     certified_stationary,
     check_positive,
+    check_state,
     report,
     require_all_images,
     value_with,
@@ -176,9 +177,7 @@ class FirstOrder(UpperLevelMethod):
         """Restore what :meth:`state_dict` returned."""
         if state.get("name") != self.name:
             raise ValueError(f"Expected a state of the optimizer {self.name}. Got one of {state.get('name')}.")
-        missing = {"optimizer", "steps", "norms", "average"} - set(state)
-        if missing:
-            raise ValueError(f"Expected a state of FirstOrder with {sorted(missing)}. Got {sorted(state)}.")
+        check_state(state, {"optimizer", "steps", "norms", "average"}, "FirstOrder")
         if self.optimizer is None:
             self._pending = state["optimizer"]
         elif state["optimizer"] is not None:

@@ -71,7 +71,6 @@ class GridSearch(UpperLevelMethod):
         require_all_images(objective, "a grid search compares losses of all images")
         theta = flatten(objective.theta)
         moves = self._moves(len(theta))
-        center = len(moves) // 2
         values, error_tol, cost, rounds = self._losses(objective, theta, moves)
         center = len(moves) // 2
         best = min(values, key=lambda i: (values[i].upper, values[i].value))

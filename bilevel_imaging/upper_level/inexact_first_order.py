@@ -10,6 +10,7 @@ from typing import Any
 from bilevel_imaging.hypergradients import Hypergradient
 from bilevel_imaging.upper_level.accuracy_schedules import Decay, DecayingTolerances
 from bilevel_imaging.upper_level.base import Objective
+from bilevel_imaging.upper_level.certified_steps import check_state
 from bilevel_imaging.upper_level.first_order import FirstOrder
 from bilevel_imaging.upper_level.quasi_newton import flatten
 from bilevel_imaging.upper_level.step_sizes import first_step_size
@@ -125,9 +126,7 @@ class InexactFirstOrder(FirstOrder):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        missing = {"lr", "tolerances"} - set(state)
-        if missing:
-            raise ValueError(f"Expected a state of InexactFirstOrder with {sorted(missing)}. Got {sorted(state)}.")
+        check_state(state, {"lr", "tolerances"}, "InexactFirstOrder")
         super().load_state_dict(state)
         self.open_lr = state["lr"] is None
         if state["lr"] is not None:

@@ -15,18 +15,22 @@ from bilevel_imaging.upper_level.certified_steps import (
     MAX_STALLED,
     certified_stationary,
     check_positive,
+    check_range,
     first_error_tol,
+    not_worth,
     report,
     require_all_images,
     value_with,
+    within_certificate,
 )
 from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, flatten
+from bilevel_imaging.upper_level.step_sizes import LARGEST_FIRST_MOVE
 
 # a trial value is first computed to this fraction of the distance that its interval would need by itself
 TIGHTEN, MAX_TIGHTENINGS, MAX_TRIALS = 0.1, 8, 25
 # factor of steps that are too short to tell what they do
 LENGTHEN = 10.0
-LARGEST_FIRST_MOVE, LARGEST_MOVE = 0.5, 2.0
+LARGEST_MOVE = 2.0
 # up to this many parameters, stationary points are checked for being plateaus
 FEW_PARAMETERS = 16
 # distance at which hypergradients beside a point give its Hessian, in log-parameters
@@ -79,8 +83,7 @@ class MAID(UpperLevelMethod):
             ("tolerance", tolerance, 0.0, 1.0),
             ("largest_move", largest_move, 0.0, float("inf")),
         ):
-            if not low < value < high:
-                raise ValueError(f"Expected {name} in ({low}, {high}). Got {value!r}.")
+            check_range(name, value, low, high)
         check_positive(stationarity_tol=stationarity_tol)
         if memory < 0:
             raise ValueError(f"Expected memory >= 0. Got {memory!r}.")
@@ -190,14 +193,8 @@ class MAID(UpperLevelMethod):
         return min(wanted, self.largest_move / largest)
 
     def _finished(self, h: Hypergradient, slope: float) -> str:
-        if h.norm == 0:
-            return "the hypergradient is zero"
-        known = self.inverse is not None and self.inverse.pairs
-        if known and 0.5 * slope < self.tolerance * abs(h.loss):
-            return f"predicted decrease below {self.tolerance:g} of the loss"
-        if h.certified and h.bound >= h.norm:
-            return f"stationary to within the certificate: ||grad F|| <= {h.norm + h.bound:.3g}"
-        return ""
+        known = h.norm > 0 and self.inverse is not None and self.inverse.pairs
+        return (not_worth(0.5 * slope, self.tolerance, h.loss) if known else "") or within_certificate(h)
 
     def _search(self, objective, h: Hypergradient, theta, direction, slope, t: float) -> StepReport:
         """Backtrack along -P h until a trial is certified to decrease the loss."""

@@ -22,10 +22,9 @@ from bilevel_imaging.upper_level.certified_steps import (
 )
 from bilevel_imaging.upper_level.conditions import RelativeError
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
+from bilevel_imaging.upper_level.step_sizes import LARGEST_FIRST_MOVE
 
 MAX_TRIALS = 40
-# the first step changes no parameter by more than this (parameters are logarithms or of order 1)
-LARGEST_FIRST_MOVE = 0.5
 # without a noise level of their own, values are computed to this part of the decrease asked for: the relaxed test then
 # still implies a decrease of the true loss, by half of it
 NOISE_SHARE = 1 / 8

@@ -22,13 +22,12 @@ from bilevel_imaging.upper_level.certified_steps import (
 )
 from bilevel_imaging.upper_level.conditions import descent_direction_certified
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
+from bilevel_imaging.upper_level.step_sizes import LARGEST_FIRST_MOVE
 
 # line searches of one step, each at accuracies nu times those before: more can only follow rounding errors
 MAX_SEARCHES = 60
 # times that the accuracies are tightened for one hypergradient; where it is exactly zero nothing else ends that
 MAX_TIGHTENED = 100
-# the first step changes no parameter by more than this (parameters are logarithms or of order 1)
-LARGEST_FIRST_MOVE = 0.5
 
 
 class PaperMAID(UpperLevelMethod):

@@ -21,6 +21,7 @@ from bilevel_imaging.lower_solvers.accelerated_gradient import constant_schedule
 from bilevel_imaging.tensors import per_sample
 from bilevel_imaging.upper_level.accuracy_schedules import Decay
 from bilevel_imaging.upper_level.base import Objective, SampledObjective, Samples, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.certified_steps import check_state, report, value_with
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
 from bilevel_imaging.upper_level.step_sizes import first_step_size
 
@@ -131,21 +132,9 @@ class SampledMethod(UpperLevelMethod):
     def _report(
         self, certificate: Hypergradient | None, h: Tensor, loss: float, pace: float, moved: float, cost: Cost
     ) -> StepReport:
-        common: dict[str, Any] = {"step_size": pace, "accepted": moved > 0, "refinements": 0, "backtracks": 0}
-        common |= {"param_change": moved, "cost": cost, "extra": {"direction_norm": float(self.direction.norm())}}
+        extra = {"direction_norm": float(self.direction.norm())}
         if certificate is not None:
-            return StepReport(
-                loss=certificate.loss,
-                loss_lower=certificate.loss_interval[0],
-                loss_upper=certificate.loss_interval[1],
-                grad_norm=certificate.norm,
-                error_bound=certificate.bound,
-                certified=certificate.certified,
-                reason=certificate.reason,
-                error_tol=certificate.distance,
-                residual_tol=certificate.residual,
-                **common,
-            )
+            return report(certificate, value_with(certificate), cost, step_size=pace, moved=moved, extra=extra)
         when = f"only every {self.certify_every} steps" if self.certify_every else "switched off"
         return StepReport(
             loss=loss,
@@ -157,7 +146,13 @@ class SampledMethod(UpperLevelMethod):
             reason=f"not certified: certificates are {when} (certify_every)",
             error_tol=math.inf,
             residual_tol=math.inf,
-            **common,
+            step_size=pace,
+            accepted=moved > 0,
+            refinements=0,
+            backtracks=0,
+            param_change=moved,
+            cost=cost,
+            extra=extra,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,9 +161,7 @@ class SampledMethod(UpperLevelMethod):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        missing = set(self.state_dict()) - set(state)
-        if missing:
-            raise ValueError(f"Expected a state of {type(self).__name__} with {sorted(missing)}. Got {sorted(state)}.")
+        check_state(state, set(self.state_dict()), type(self).__name__)
         self.lr = None if state["lr"] is None else float(state["lr"])
         self.steps = int(state["steps"])
         self.direction, self.theta = (
@@ -211,14 +204,19 @@ def _started(objective: SampledObjective, samples: Samples) -> Part:
 def _mean(objective: SampledObjective, parts: Sequence[Part]) -> tuple[Tensor, float]:
     """The mean of -J^T q at the current theta with the exact term, ``(n,)`` float64, and the loss at the points."""
     count = sum(len(part.samples.indices) for part in parts)
-    value, slopes = objective.exact_term()
-    total = flatten({name: slopes.get(name, torch.zeros_like(t)) for name, t in objective.theta.items()})
+    value, total = exact_term(objective)
     for part in parts:
         at = part.linearization or part.samples.problem.linearize(part.x)
         product = at.mixed_vjp(part.q)
         total = total - flatten({name: product[name] for name in objective.theta}) / count
         value += float(part.samples.loss.value(part.x).double().sum()) / count
     return total, value
+
+
+def exact_term(objective: SampledObjective) -> tuple[float, Tensor]:
+    """Value and gradient, ``(n,)`` float64, of the term that needs no reconstruction, at the current theta."""
+    value, slopes = objective.exact_term()
+    return value, flatten({name: slopes.get(name, torch.zeros_like(t)) for name, t in objective.theta.items()})
 
 
 def _work(drawn: Sequence[Samples]) -> Cost:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 # parameters are logarithms or of order 1: large enough to get somewhere, far from what overshoots
 FIRST_MOVE = 0.1
+# where a line search follows, which shortens what overshoots
+LARGEST_FIRST_MOVE = 0.5
 
 
 def first_step_size(h: Tensor) -> float:
