@@ -468,6 +468,16 @@ def test_undecided_trials_are_tightened():
     assert report.cost.values == len(objective.asked)
 
 
+@pytest.mark.parametrize("step_size", [1e-4, 1e2])
+def test_a_useless_accuracy_and_step_before_do_not_end_the_search(step_size):
+    """Warm starts more accurate than asked give the same interval again, and tiny steps change the loss too little."""
+    method = MAID()
+    method.load_state_dict({**method.state_dict(), "error_tol": 1e2, "step_size": step_size / 2})
+    objective = make(patches(16, 2), weight=0.003, smoothing=0.007)
+    report = method.step(objective)
+    assert report.accepted and not report.stop
+
+
 def test_what_can_not_be_certified_is_not_accepted():
     objective = Known([1.0, 0.5], [0.01, 0.02], floor=0.1)
     before = flatten(objective.theta)
