@@ -25,6 +25,7 @@ from bilevel_imaging.hypergradients import (
     unrolled,
 )
 from bilevel_imaging.kernels import compile_kernels
+from bilevel_imaging.native import native_kernels
 from bilevel_imaging.regularizers import (
     ConvexRidge,
     FieldsOfExperts,
@@ -78,6 +79,7 @@ __all__ = [
     "linear_solvers",
     "load_regularizer",
     "lower_solvers",
+    "native_kernels",
     "reconstruct",
     "regularizers",
     "save_regularizer",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel_imaging.native import Stencil
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -102,6 +104,10 @@ class NewtonModel(abc.ABC):
     @abc.abstractmethod
     def hvp(self, v: Tensor) -> Tensor:
         """Products with the model, ``(B, *image)``."""
+
+    def stencil(self) -> Stencil | None:
+        """As in ``Linearization``."""
+        return None
 
     def diffusion(self) -> Tensor | None:
         """As in ``Linearization``."""
@@ -214,6 +220,10 @@ class Linearization(abc.ABC):
     def mixed_block_norms(self, strong_convexity: Tensor) -> Tensor | None:
         """Upper bounds of ||J_b||_{H^-1}, ``(B, blocks)`` float64, for the blocks of columns that ``local_change`` has
         slopes of, where the columns are too many; ``None`` when not known."""
+        return None
+
+    def stencil(self) -> Stencil | None:
+        """The Hessian as an operator of compiled code; ``None`` if it is not of that kind, or there is no such code."""
         return None
 
     def diffusion(self) -> Tensor | None:

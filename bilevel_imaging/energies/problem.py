@@ -18,6 +18,7 @@ from bilevel_imaging.derivatives import (
     NewtonModel,
     Preconditioner,
 )
+from bilevel_imaging.native import Stencil
 
 __all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
 
@@ -167,6 +168,9 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.newton_memory(cold=cold)
 
+    def stencil(self) -> Stencil | None:
+        return _counted(self.inside.stencil(), self.cost)
+
     def preconditioner(self) -> Preconditioner | None:
         with torch.no_grad():
             return self.inside.preconditioner()
@@ -190,6 +194,9 @@ class _CountedModel(NewtonModel):
         with torch.no_grad():
             return self.inside.hvp(v)
 
+    def stencil(self) -> Stencil | None:
+        return _counted(self.inside.stencil(), self.cost)
+
     def preconditioner(self) -> Preconditioner | None:
         with torch.no_grad():
             return self.inside.preconditioner()
@@ -197,3 +204,10 @@ class _CountedModel(NewtonModel):
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         with torch.no_grad():
             return self.inside.advance(d, step)
+
+
+def _counted(stencil: Stencil | None, cost: Cost) -> Stencil | None:
+    def count(products: int) -> None:
+        cost.hvps += products
+
+    return None if stencil is None else stencil.counted(count)

@@ -18,6 +18,7 @@ from bilevel_imaging.derivatives import (
 )
 from bilevel_imaging.energies.preconditioning import cosine_convolution, pays, scaled_convolution
 from bilevel_imaging.energies.weighted_terms import DataMixed
+from bilevel_imaging.native import Stencil
 from bilevel_imaging.tensors import norm, squared_norm
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class VariationalLinearization(Linearization):
 
     def hvp(self, v: Tensor) -> Tensor:
         return _with_data_term(self.problem, self.inside.hvp(v), v)
+
+    def stencil(self) -> Stencil | None:
+        return _with_diagonal(self.problem, self.inside)
 
     @cached_property
     def data_mixed(self) -> DataMixed | None:
@@ -199,6 +203,13 @@ def _with_data_term(problem: VariationalProblem, product: Tensor, v: Tensor) -> 
     return product.add_(v, alpha=problem.ridge) if problem.ridge else product
 
 
+def _with_diagonal(problem: VariationalProblem, inside: Linearization | NewtonModel) -> Stencil | None:
+    """The regularizer's stencil with the Hessian of the data term and the ridge, where that is diagonal."""
+    diagonal = problem.data.diagonal()
+    stencil = None if diagonal is None else inside.stencil()
+    return None if stencil is None else stencil.plus(diagonal + problem.ridge)
+
+
 class _VariationalModel(NewtonModel):
     """The regularizer's model with the exact Hessian of everything else."""
 
@@ -207,6 +218,9 @@ class _VariationalModel(NewtonModel):
 
     def hvp(self, v: Tensor) -> Tensor:
         return _with_data_term(self.problem, self.inside.hvp(v), v)
+
+    def stencil(self) -> Stencil | None:
+        return _with_diagonal(self.problem, self.inside)
 
     def preconditioner(self) -> Preconditioner | None:
         return _convolution(self.problem, self.inside)

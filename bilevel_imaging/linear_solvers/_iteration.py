@@ -23,12 +23,14 @@ from bilevel_imaging.linear_solvers._systems import (
     Operator,
     PreconditionerChoice,
     Systems,
+    multiplied,
     resumed,
     start,
+    units,
     validate,
 )
 from bilevel_imaging.linear_solvers.base import LinearSolution, LinearSolver
-from bilevel_imaging.tensors import as_per_sample, binary_scale, norm, per_sample, squared_norm
+from bilevel_imaging.tensors import as_per_sample, norm, per_sample, squared_norm
 
 # On a GPU the question "has every sample stopped?" waits for the device, so it is asked only every few steps.
 _STEPS_BETWEEN_CHECKS = 4
@@ -52,6 +54,10 @@ class Recurrence(abc.ABC):
 
     @abc.abstractmethod
     def step(self, operator: Operator, running: Tensor) -> None: ...
+
+    def finish(self, operator: Operator, max_iter: int) -> bool:
+        """Advance ``systems`` until every sample has stopped, in compiled code; False if that can't be done here."""
+        return False
 
     def take(self, index: Tensor, systems: Systems) -> None:
         """Keep the samples ``index`` alone."""
@@ -123,9 +129,9 @@ class IterativeSolver(LinearSolver):
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         limit = self.max_iter if max_iter is None else max_iter
         operator = Operator(linearization, self.preconditioner)
-        scale = binary_scale(rhs)
+        scale = units(rhs)
         systems = start(operator, rhs.detach(), q0, tol, scale)
-        memory = self._run(operator, systems, limit, None, check=check)
+        memory = self._run(operator, systems, limit, None, check=check, fresh=q0 is None)
         return _solution(systems, scale, tol, q0, memory)
 
     @torch.no_grad()
@@ -137,14 +143,21 @@ class IterativeSolver(LinearSolver):
         validate(linearization, rhs, previous.q)
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         operator = Operator(linearization, self.preconditioner)
-        scale = binary_scale(rhs)
+        scale = units(rhs)
         systems = resumed(rhs.detach(), previous, tol, scale)
         memory = self._run(operator, systems, self.max_iter, previous.memory, check=True)
         solution = _solution(systems, scale, tol, previous.q, memory)
         return replace(solution, iterations=solution.iterations + previous.iterations)
 
     def _run(
-        self, operator: Operator, systems: Systems, limit: int, memory: dict[str, Tensor] | None, *, check: bool
+        self,
+        operator: Operator,
+        systems: Systems,
+        limit: int,
+        memory: dict[str, Tensor] | None,
+        *,
+        check: bool,
+        fresh: bool = False,
     ) -> dict[str, Tensor] | None:
         """Iterate, check, and restart the samples whose recursion had drifted; returns what a resumed run needs."""
         # a recursed residual goes on falling below the rounding errors of q; there a restart takes over
@@ -155,7 +168,10 @@ class IterativeSolver(LinearSolver):
             entered = systems.status == RUNNING
             if not bool(entered.any()):
                 break
-            before = systems.q.clone(), systems.r.clone(), systems.residual.clone()
+            # a start from 0, where r is b, needs no copies
+            images = (systems.b.new_zeros(()).expand_as(systems.b), systems.b) if fresh else (systems.q, systems.r)
+            before = (*(v if fresh else v.clone() for v in images), systems.residual.clone())
+            fresh = False
             memory = iterate(self.recurrence, operator, systems, limit, memory)
             if check and not self.residual_is_true:
                 _verify(operator, systems, entered, before)
@@ -178,8 +194,12 @@ def iterate(
 
     Starts from ``memory`` if given; returns the memory of the whole batch.
     """
-    work, index, state = systems, None, None
+    work, index = systems, None
     saved: dict[str, Tensor] = {}
+    state = _begin(recurrence, operator, work, memory)
+    if state.finish(operator, max_iter):
+        state.save(index, saved)
+        return saved or None
     on_cpu = systems.q.device.type == "cpu"
     can_shrink, unchanged = True, False
     for step in itertools.count():
@@ -196,14 +216,10 @@ def iterate(
                 if smaller is not None:
                     if index is not None:
                         systems.put(index, work)
-                    if state is None:
-                        state = _begin(recurrence, operator, work, memory)
                     state.save(index, saved)
                     operator, work = smaller, work.take(kept)
                     index, running = kept if index is None else index[kept], running[kept]
                     state.take(kept, work)
-        if state is None:
-            state = _begin(recurrence, operator, work, memory)
         state.everyone = on_cpu and count == running.shape[0]
         state.step(operator, running)
         work.iterations += running
@@ -213,8 +229,7 @@ def iterate(
             work.settle(max_iter)
     if index is not None:
         systems.put(index, work)
-    if state is not None:
-        state.save(index, saved)
+    state.save(index, saved)
     return saved or None
 
 
@@ -229,8 +244,9 @@ def _begin(
 
 def _verify(operator: Operator, systems: Systems, entered: Tensor, before: tuple[Tensor, Tensor, Tensor]) -> None:
     """Replace recursed residuals by true ones; samples whose recursion had drifted are set running again."""
-    product = operator.hvp_where(entered, systems.q)
-    true_r = torch.where(per_sample(entered, product), systems.b - product, systems.r)
+    true_r = systems.b - operator.hvp_where(entered, systems.q)
+    if not bool(entered.all()):
+        true_r = torch.where(per_sample(entered, true_r), true_r, systems.r)
     mu = operator.linearization.constants.strong_convexity
     if mu is not None:  # the recurrence has bounded the norm of its own residual
         systems.energy = systems.energy + norm(true_r - systems.r) / mu.to(systems.energy).sqrt()
@@ -248,6 +264,8 @@ def _verify(operator: Operator, systems: Systems, entered: Tensor, before: tuple
 
 def _restore(systems: Systems, mask: Tensor, before: tuple[Tensor, Tensor, Tensor]) -> None:
     """Go back to (q, r, ||r||) where the mask is set."""
+    if not bool(mask.any()):
+        return
     q, r, residual = before
     systems.q = torch.where(per_sample(mask, q), q, systems.q)
     systems.r = torch.where(per_sample(mask, r), r, systems.r)
@@ -256,14 +274,14 @@ def _restore(systems: Systems, mask: Tensor, before: tuple[Tensor, Tensor, Tenso
 
 
 def _solution(
-    systems: Systems, scale: Tensor, tol: Tensor, q0: Tensor | None, memory: dict[str, Tensor] | None
+    systems: Systems, scale: Tensor | None, tol: Tensor, q0: Tensor | None, memory: dict[str, Tensor] | None
 ) -> LinearSolution:
-    q = systems.q * per_sample(scale, systems.q)
+    q = multiplied(systems.q, scale)
     if q0 is not None:
         # returned as given, not through the units
         untouched = (systems.iterations == 0) & (systems.q != 0).flatten(1).any(1)
         q = torch.where(per_sample(untouched, q), q0.detach(), q)
-    residual = systems.residual * scale
+    residual = multiplied(systems.residual, scale)
     converged = (residual <= tol) & (systems.status != NOT_FINITE)
     # DONE and not converged: the recursion went to its floor, or the tolerance is below the smallest number
     missed = torch.where(systems.status == DONE, STAGNATED, systems.status)
@@ -274,7 +292,7 @@ def _solution(
         iterations=systems.iterations,
         converged=converged,
         reason=tuple(REASONS[code] for code in status),
-        residual=systems.r * per_sample(scale, systems.r),
-        energy_norm=systems.energy * scale,
+        residual=multiplied(systems.r, scale),
+        energy_norm=multiplied(systems.energy, scale),
         memory=memory,
     )

@@ -1,7 +1,8 @@
 """Batches of linear systems H q = b in normalized units: what every iterative solver works on.
 
-Systems are solved in units of a power of two near the largest entry of b, which is exact in floating point: the
-iterates are those of the unscaled recurrence, and right-hand sides of size 1e-30 do not underflow when squared.
+Systems whose right-hand side is not of moderate size are solved in units of a power of two near its largest entry.
+That is exact in floating point: the iterates are those of the unscaled recurrence, and right-hand sides of size 1e-30
+do not underflow when squared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.linear_solvers.base import LinearSolution
-from bilevel_imaging.tensors import inner, norm, per_sample
+from bilevel_imaging.native import Stencil
+from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
 
 PreconditionerChoice = Callable[[Tensor], Tensor] | Literal["auto"] | None
 
@@ -84,6 +86,10 @@ class Operator:
     def hvp(self, v: Tensor) -> Tensor:
         return self.linearization.hvp(v)
 
+    def stencil(self) -> Stencil | None:
+        """The operator for compiled code, where there is no preconditioner."""
+        return self.linearization.stencil() if self.precondition is None else None
+
     def subset(self, index: Tensor) -> Operator | None:
         """The operator of the samples ``index``; ``None`` if a part of it is known for the whole batch only."""
         if callable(self._given):
@@ -115,18 +121,40 @@ def validate(linearization: Linearization, rhs: Tensor, q0: Tensor | None) -> No
             )
 
 
-def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: Tensor) -> Systems:
+# right-hand sides with norms between this and its reciprocal are solved as they are: squares stay far from the limits
+_SAFE = 1e-6
+
+
+def units(b: Tensor) -> Tensor | None:
+    """The power of two by which every right-hand side is divided, ``(B,)``; ``None`` if none needs it."""
+    size = norm(b)
+    return None if bool(((size > _SAFE) & (size < 1 / _SAFE)).all()) else binary_scale(b)
+
+
+def divided(v: Tensor, scale: Tensor | None) -> Tensor:
+    """In these units; ``(B,)`` or ``(B, *image)``."""
+    return v if scale is None else v / per_sample(scale, v)
+
+
+def multiplied(v: Tensor, scale: Tensor | None) -> Tensor:
+    """Back from these units."""
+    return v if scale is None else v * per_sample(scale, v)
+
+
+def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: Tensor | None) -> Systems:
     """Normalized systems at q0, or at 0 where that is nearer in the energy norm; trivial samples are done."""
-    finite = b.isfinite().flatten(1).all(1)
-    b = torch.where(per_sample(finite, b), b / per_sample(scale, b), 0.0)
+    finite = torch.ones(b.shape[:1], dtype=torch.bool, device=b.device)
+    if scale is not None:  # else its norms are known to be finite
+        finite = b.isfinite().flatten(1).all(1)
+        b = torch.where(per_sample(finite, b), divided(b, scale), 0.0)
     q, r = torch.zeros_like(b), b.clone()
-    residual = norm(b)
+    residual, tol = norm(b), divided(tol, scale)
     if q0 is not None:
-        start = q0.detach() / per_sample(scale, b)
+        start = divided(q0.detach(), scale)
         r0 = b - operator.hvp(start)
         residual0 = norm(r0)
         # ||q0 - p||_H^2 - ||p||_H^2 = -<q0, b + r0>: this costs no product
-        better = (inner(start, b + r0) > 0) | (residual0 <= tol / scale)
+        better = (inner(start, b + r0) > 0) | (residual0 <= tol)
         warm = residual0.isfinite() & better & (residual > 0)
         q = torch.where(per_sample(warm, b), start, q)
         r = torch.where(per_sample(warm, b), r0, r)
@@ -134,27 +162,27 @@ def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: 
     status = torch.where(residual == 0, DONE, RUNNING)
     status = torch.where(finite, status, NOT_FINITE)
     residual = torch.where(finite, residual, torch.inf)
-    tol = tol / scale
     energy = torch.where(residual > 0, torch.full_like(residual, torch.inf), 0.0)
     return Systems(b, q, r, tol, tol.clone(), residual, energy, status, torch.zeros_like(status))
 
 
-def resumed(b: Tensor, previous: LinearSolution, tol: Tensor, scale: Tensor) -> Systems:
+def resumed(b: Tensor, previous: LinearSolution, tol: Tensor, scale: Tensor | None) -> Systems:
     """Normalized systems where an earlier run left them."""
-    units = per_sample(scale, b)
-    finite = b.isfinite().flatten(1).all(1) & previous.residual_norm.isfinite()
-    b = torch.where(per_sample(finite, b), b / units, 0.0)
-    residual = previous.residual_norm / scale
+    finite = previous.residual_norm.isfinite()
+    if scale is not None:
+        finite = finite & b.isfinite().flatten(1).all(1)
+        b = torch.where(per_sample(finite, b), divided(b, scale), 0.0)
+    residual, tol = divided(previous.residual_norm, scale), divided(tol, scale)
     status = torch.where(residual == 0, DONE, RUNNING)
     status = torch.where(finite, status, NOT_FINITE)
     return Systems(
         b,
-        previous.q / units,
-        previous.residual / units,
-        tol / scale,
-        tol / scale,
+        divided(previous.q, scale).clone(),
+        divided(previous.residual, scale).clone(),
+        tol,
+        tol.clone(),
         residual,
-        previous.energy_norm / scale,
+        divided(previous.energy_norm, scale),
         status,
         torch.zeros_like(status),
     )

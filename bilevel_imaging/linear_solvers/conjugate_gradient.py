@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel_imaging import native
 from bilevel_imaging.kernels import fusable
 from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Recurrence
 from bilevel_imaging.linear_solvers._systems import INDEFINITE, NOT_FINITE, Operator, PreconditionerChoice, Systems
@@ -54,9 +55,33 @@ class _Directions(Recurrence):
             self.radau = torch.where(running, radau, self.radau)
             self.systems.energy = torch.where(running, energy, self.systems.energy)
 
+    def finish(self, operator: Operator, max_iter: int) -> bool:
+        systems, stencil = self.systems, operator.stencil()
+        if stencil is None or not native.serves(systems.q):
+            return False
+        systems.q, systems.r, self.p = systems.q.contiguous(), systems.r.contiguous(), self.p.contiguous()
+        at = native.SystemStates(
+            systems.residual,
+            systems.target,
+            self.rz,
+            self.radau,
+            self.lowest,
+            systems.energy,
+            systems.status,
+            systems.iterations,
+        )
+        stencil.solve(systems.q, systems.r, self.p, at, max_iter)
+        systems.residual, systems.energy = at.residual.to(systems.residual), at.energy.to(systems.energy)
+        systems.status, systems.iterations = at.status.clone(), at.iterations.clone()
+        self.rz, self.radau = at.rz.to(self.rz), None if self.radau is None else at.radau.to(self.radau)
+        return True
+
     def step(self, operator: Operator, running: Tensor) -> None:
         systems, p = self.systems, self.p
         product = operator.hvp(p)
+        if operator.precondition is None and native.serves(systems.q, product):
+            self._native_step(product.contiguous(), running)
+            return
         curvature = torch.mul(p, product, out=self.scratch).flatten(1).sum(1)
         if self.everyone and operator.precondition is None and bool((torch.minimum(curvature, self.rz) > 0).all()):
             self._plain_step(product, curvature)
@@ -81,6 +106,21 @@ class _Directions(Recurrence):
         self.rz = torch.where(advance, rz, self.rz)
         systems.residual = torch.where(advance, square.sqrt(), systems.residual)
         self._bound_energy(step, beta, advance)
+
+    def _native_step(self, product: Tensor, running: Tensor) -> None:
+        """The step without a preconditioner in compiled code, for those samples that run."""
+        systems = self.systems
+        systems.q, systems.r, self.p = systems.q.contiguous(), systems.r.contiguous(), self.p.contiguous()
+        curvature, before = native.inner(self.p, product), self.rz.double()
+        advance = running & (curvature > 0) & (before > 0)
+        failure = torch.where((curvature + before).isfinite(), INDEFINITE, NOT_FINITE)
+        systems.status = torch.where(running & ~advance, failure, systems.status)
+        step = torch.where(advance, before / curvature, torch.nan)
+        square = native.advance(systems.q, systems.r, self.p, product, step, before)
+        beta = torch.where(advance, square / before, 0.0).to(self.rz)
+        self.rz = torch.where(advance, square.to(self.rz), self.rz)
+        systems.residual = torch.where(advance, square.sqrt().to(systems.residual), systems.residual)
+        self._bound_energy(torch.where(advance, step, 0.0).to(self.rz), beta, advance)
 
     def _plain_step(self, product: Tensor, curvature: Tensor) -> None:
         """The same step without masks and preconditioner: nothing in the batch has stopped."""

@@ -9,6 +9,9 @@ from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Recurrenc
 from bilevel_imaging.linear_solvers._systems import STAGNATED, Operator, Systems
 from bilevel_imaging.tensors import inner, per_sample, squared_norm
 
+# an entry of fewer units of the last place of the Hessian is made of rounding errors
+_SINGULAR_UNITS = 16.0
+
 
 class _Lanczos(Recurrence):
     """Lanczos vectors v, and the QR factorization of their tridiagonal matrix by Givens rotations (cosine, sine).
@@ -37,7 +40,7 @@ class _Lanczos(Recurrence):
         gamma = torch.hypot(corner, beta)
         self.largest = torch.maximum(self.largest, torch.maximum(alpha.abs(), beta))
         # the Hessian is singular on a Krylov space that has nothing more to give
-        usable = ~(gamma <= torch.finfo(gamma.dtype).eps * self.largest)
+        usable = ~(gamma <= _SINGULAR_UNITS * torch.finfo(gamma.dtype).eps * self.largest)
         systems.status = torch.where(running & ~usable, STAGNATED, systems.status)
         # 0 in the vectors of samples that have stopped
         inverse = torch.where(running & usable, _reciprocal(gamma), 0.0)

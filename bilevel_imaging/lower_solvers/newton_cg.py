@@ -12,6 +12,7 @@ from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.linear_solvers._systems import PreconditionerChoice
 from bilevel_imaging.linear_solvers.conjugate_gradient import ConjugateGradient
 from bilevel_imaging.lower_solvers.base import LowerSolution, LowerSolver
+from bilevel_imaging.native import Stencil
 from bilevel_imaging.tensors import as_per_sample, inner, norm, per_sample
 
 RUNNING, CONVERGED, MAX_ITER, STAGNATED, NOT_FINITE = range(5)
@@ -174,6 +175,9 @@ class _Model(Linearization):
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
         return self.linearization.mixed_vjp(q)
+
+    def stencil(self) -> Stencil | None:
+        return self.model.stencil()
 
     def preconditioner(self) -> Preconditioner | None:
         return self.model.preconditioner()

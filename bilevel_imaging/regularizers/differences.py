@@ -70,7 +70,7 @@ def weighted_laplacian_bound(c: Tensor, sweeps: int = 2) -> Tensor:
         bound = (product / v).flatten(1).amax(1)
         # a floor keeps v positive where all weights around a pixel are 0
         v = product / _largest(product) + 1e-3
-    return torch.where(largest > 0, bound * (1 + 1e-12), 0.0)
+    return torch.where(largest == 0, 0.0, bound * (1 + 1e-12))  # a NaN stays one
 
 
 def _largest(v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel_imaging import native
 from bilevel_imaging.regularizers.filter_chain import transfer_power
 
 BOUNDARIES = ("symmetric", "zero")
@@ -57,6 +58,8 @@ class FilterBank:
     def _apply(self, extended: Tensor) -> Tensor:
         if torch.is_grad_enabled() or extended.device.type != "cpu":
             return functional.conv2d(extended, self.kernels).permute(0, 2, 3, 1)
+        if extended.dtype == torch.float64 and self._compiled is not None:
+            return self._compiled.apply(extended.squeeze(1))
         if extended.dtype == torch.float32:  # the layout of the filters chooses the fast kernel
             return functional.conv2d(extended, self._channels_last).permute(0, 2, 3, 1)
         size = (extended.shape[-2] - 2 * self.margin, extended.shape[-1] - 2 * self.margin)
@@ -75,6 +78,8 @@ class FilterBank:
     def _adjoint(self, z: Tensor) -> Tensor:
         if torch.is_grad_enabled() or z.device.type != "cpu":
             return functional.conv_transpose2d(z, self.kernels)
+        if self._compiled is not None:
+            return self._compiled.adjoint(z.permute(0, 2, 3, 1)).unsqueeze(1)
         if z.dtype == torch.float32:
             return self._tiled_adjoint(z)
         height, width = z.shape[-2] + 2 * self.margin, z.shape[-1] + 2 * self.margin
@@ -83,6 +88,24 @@ class FilterBank:
             patches = self._matrix.t() @ responses.flatten(1)
             image.copy_(functional.fold(patches[None], (height, width), self.size)[0])
         return out
+
+    @cached_property
+    def _compiled(self) -> native.Bank | None:
+        """The same in compiled code, for filters of one channel; it needs no responses in memory."""
+        usable = self.kernels.shape[1] == 1 and native.serves(self.kernels)
+        return native.Bank(self.kernels[:, 0]) if usable else None
+
+    def weights(self, field: Tensor) -> Tensor:
+        """c ``(B P, H, W, K)`` in the form that :meth:`product` works with."""
+        return field if self._compiled is None else self._compiled.planes(field)
+
+    def product(self, x: Tensor, weights: Tensor) -> Tensor:
+        """W^T diag(c) W x, without gradients; see :meth:`weights`."""
+        if self._compiled is None:
+            return self.through(x, lambda z, part: z.mul_(weights[part]))
+        extended = extend(self._split(x), self.margin, self.boundary)
+        images = self._compiled.product(extended.squeeze(1), weights).unsqueeze(1)
+        return fold_back(images, self.margin, self.boundary).reshape(x.shape)
 
     @cached_property
     def absolute(self) -> FilterBank:

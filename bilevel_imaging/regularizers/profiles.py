@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging import native
+
 # responses of a block (see ``blockwise``)
 BLOCK = 2**18
 
@@ -71,28 +73,51 @@ class Profile(abc.ABC):
         third_limit: sup |psi'''|, ``(K,)``.
         slope_limit: sup |psi'|, ``(K,)``.
         even: whether psi(-t) = psi(t).
+        compiled: the same potentials for compiled code, if it knows their kind.
     """
 
     curvature_limit: Tensor
     third_limit: Tensor
     slope_limit: Tensor
     even = True
+    compiled: native.Potentials | None = None
 
     @abc.abstractmethod
     def value(self, z: Tensor) -> Tensor:
         """psi(z)."""
 
-    @abc.abstractmethod
+    def slope_and_curvature(self, z: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """psi'(z) and psi''(z), new tensors; the latter is written to ``curvature`` where that is given."""
+        if self._is_compiled(z) and (curvature is None or curvature.is_contiguous()):
+            return native.derivatives(self.compiled, z, curvature)
+        slope, values = self._slope_and_curvature(z)
+        return slope, values if curvature is None else curvature.copy_(values)
+
     def slope(self, z: Tensor) -> Tensor:
         """psi'(z)."""
+        return native.slope(self.compiled, z) if self._is_compiled(z) else self._slope(z)
+
+    def primal_dual(self, z: Tensor, u: Tensor, c: Tensor, slope: Tensor) -> None:
+        """Write (psi'(z) / z) (1 - u (psi' - z psi'') / psi'^2), kept between psi'' and twice psi' / z, to ``c``, and
+        psi'(z) to ``slope``."""
+        if self._is_compiled(z) and c.is_contiguous() and slope.is_contiguous():
+            native.primal_dual(self.compiled, z, u, c, slope)
+            return
+        values = self._primal_dual(z, u)
+        c.copy_(values[0])
+        slope.copy_(values[1])
+
+    def _is_compiled(self, z: Tensor) -> bool:
+        return self.compiled is not None and native.serves(z, *self.compiled.tensors)
 
     @abc.abstractmethod
-    def slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """psi'(z) and psi''(z), new tensors."""
+    def _slope(self, z: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def _slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
 
     @blockwise
-    def primal_dual(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(c, psi'(z)) with c = (psi'(z) / z) (1 - u (psi' - z psi'') / psi'^2), between psi'' and twice psi' / z."""
+    def _primal_dual(self, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         slope, curvature = self.slope_and_curvature(z)
         reciprocal = z.reciprocal()
         c = (slope - u).mul_(reciprocal).addcdiv_(u * curvature, slope)
@@ -192,6 +217,8 @@ class ScaledFamily(Profile):
         self.third_limit = weight * self.family.third_limit / nu**2
         self.slope_limit = weight
         self.even = tilt is None
+        if family == "smoothed_absolute" and tilt is None:
+            self.compiled = native.AbsolutePotentials(weight.contiguous(), nu.contiguous())
 
     @blockwise
     def value(self, z: Tensor) -> Tensor:
@@ -199,12 +226,12 @@ class ScaledFamily(Profile):
         return value if self.tilt is None else value + self.tilt * z
 
     @blockwise
-    def slope(self, z: Tensor) -> Tensor:
+    def _slope(self, z: Tensor) -> Tensor:
         slope = self.weight * self.family.derivatives(z, self.nu)[0]
         return slope if self.tilt is None else slope + self.tilt
 
     @blockwise
-    def slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
         slope, curvature = self.family.derivatives(z, self.nu)
         slope, curvature = slope.mul_(self.weight), curvature.mul_(self.weight)
         return (slope if self.tilt is None else slope.add_(self.tilt)), curvature

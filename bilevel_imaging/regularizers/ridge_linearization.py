@@ -48,8 +48,7 @@ class RidgeLinearization(Linearization):
         field = self.by_planes(self.curvature)
 
         def slope(z: Tensor, part: Part) -> Tensor:
-            slope, field[part] = self.profile.slope_and_curvature(z)
-            return slope
+            return self.profile.slope_and_curvature(z, field[part])[0]
 
         self.grad = self.bank.through(x, slope)
 
@@ -69,8 +68,11 @@ class RidgeLinearization(Linearization):
         return self.regularizer.filter_layers[0].requires_grad
 
     def hvp(self, v: Tensor) -> Tensor:
-        field = self.by_planes(self.curvature)
-        return self.bank.through(v, lambda z, part: z.mul_(field[part]))
+        return self.bank.product(v, self._weights)
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return self.bank.weights(self.by_planes(self.curvature))
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
         products: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,11 +27,14 @@ class RidgeNewtonModel(NewtonModel):
         self.coefficient, self.slope = torch.empty_like(dual), torch.empty_like(dual)
         coefficient, slope, field = (linearization.by_planes(f) for f in (self.coefficient, self.slope, dual))
         for part, z in linearization.bank.responses(linearization.x):
-            coefficient[part], slope[part] = linearization.profile.primal_dual(z, field[part])
+            linearization.profile.primal_dual(z, field[part], coefficient[part], slope[part])
 
     def hvp(self, v: Tensor) -> Tensor:
-        field = self.at.by_planes(self.coefficient)
-        return self.at.bank.through(v, lambda z, part: z.mul_(field[part]))
+        return self.at.bank.product(v, self._weights)
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return self.at.bank.weights(self.at.by_planes(self.coefficient))
 
     def cosine_spectrum(self) -> Tensor:
         return self.at.bank.mean_spectrum(self.coefficient, self.at.x.shape)

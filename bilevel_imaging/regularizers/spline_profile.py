@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel_imaging import native
 from bilevel_imaging.regularizers.profiles import Block, Profile, blockwise
 
 
@@ -36,6 +37,7 @@ class SplineProfile(Profile):
         tables = _pieces(curvatures, reach)
         self.tables = tables.to(like)  # constant, linear, quadratic, cubic coefficient of psi in |t|: (4, K, n + 1)
         self.flat = self.tables.flatten(1)
+        self.compiled = native.SplinePotentials(self.tables.detach().contiguous(), float(reach.detach()))
         bends = 6 * tables[3]
         self.curvature_limit = curvatures.detach().amax(1).to(like)
         self.third_limit = bends.detach().abs().amax(1).to(like)
@@ -60,14 +62,14 @@ class SplineProfile(Profile):
         return a + size * (b + size * (c + size * d))
 
     @blockwise
-    def slope(self, z: Tensor) -> Tensor:
+    def _slope(self, z: Tensor) -> Tensor:
         size = z.abs()
         piece = self._piece(size)
         b, c, d = (self._coefficient(k, piece) for k in range(1, 4))
         return z.sign() * (b + size * (2 * c + 3 * size * d))
 
     @blockwise
-    def slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
         size = z.abs()
         piece = self._piece(size)
         b, c, d = (self._coefficient(k, piece) for k in range(1, 4))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging import native
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.differences import (
@@ -16,6 +17,7 @@ from bilevel_imaging.regularizers.differences import (
     squared_operator_norm,
 )
 from bilevel_imaging.regularizers.total_variation_linearization import TotalVariationLinearization
+from bilevel_imaging.tensors import norm
 
 # phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2)
 M3 = 48 / (25 * math.sqrt(5))
@@ -125,6 +127,10 @@ class TotalVariation(Regularizer):
     def gradient_scale(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             weight, smoothing = self._parameters_like(x)
+            if self.is_plain and native.serves(x):
+                unit, _, _ = native.linearize(x, float(weight), float(smoothing))
+                square = sum(norm(component).double().square() for component in unit)
+                return weight.double() * math.sqrt(8) * square.sqrt()
             z = forward_differences(x.detach())
             n = z / (self._group(z * z) + smoothing * smoothing).sqrt()
             size = n.transpose(0, 1).double().flatten(1).norm(dim=1)

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bilevel_imaging import native
 from bilevel_imaging.derivatives import Directional, Linearization, LocalChange, NewtonModel
+from bilevel_imaging.native import Stencil
 from bilevel_imaging.regularizers.differences import (
     differences_adjoint,
     divergence,
     forward_differences,
     isotropic_curvature,
-    isotropic_primal_dual,
     squared_operator_norm,
     weighted_laplacian_bound,
 )
 from bilevel_imaging.regularizers.relative_curvature import Lengths, reach, relative_norm
+from bilevel_imaging.regularizers.total_variation_newton import PrimalDualModel, model_stencil
 from bilevel_imaging.tensors import norm
 
 if TYPE_CHECKING:
@@ -38,16 +40,33 @@ class TotalVariationLinearization(Linearization):
         self.weight, self.smoothing = self.weight.detach(), self.smoothing.detach()
         self.shape = x.shape
         self.constants = regularizer.constants(x.shape)
+        if regularizer.is_plain and native.serves(x):
+            unit, reciprocal, grad = native.linearize(x, float(self.weight), float(self.smoothing))
+            self.unit, self.reciprocal, self.grad = unit, reciprocal, grad
+            return
         z = forward_differences(x)
         squared = regularizer._group(z * z)
         self.reciprocal = squared.add_(self.smoothing * self.smoothing).rsqrt_() if regularizer.isotropic else None
         if self.reciprocal is None:
             self.reciprocal = (z * z).add_(self.smoothing * self.smoothing).rsqrt_()
-        self.scale = -self.weight * self.reciprocal  # the signs of D^T = -div and the weight, folded in once
         self.grad = divergence(self.scale * z)
         self.unit = z.mul_(self.reciprocal)
 
+    @cached_property
+    def scale(self) -> Tensor:
+        """-weight / s: the signs of D^T = -div and the weight, folded in once."""
+        return -self.weight * self.reciprocal
+
+    def stencil(self) -> Stencil | None:
+        return self._stencil
+
+    @cached_property
+    def _stencil(self) -> Stencil | None:
+        return model_stencil(self, self.unit)
+
     def hvp(self, v: Tensor) -> Tensor:
+        if self._stencil is not None and native.serves(v):
+            return self._stencil.product(v)
         if self.regularizer.is_plain:
             return isotropic_curvature(v, self.unit, self.scale, self._work)
         dv = forward_differences(v)
@@ -89,6 +108,8 @@ class TotalVariationLinearization(Linearization):
 
     def directional(self, q: Tensor, radius: Tensor) -> Directional:
         """Localized: sup |phi'''| is taken over what each difference can become inside the ball."""
+        if self._is_native(q):
+            return self._native_directional(q, radius)
         dq = forward_differences(q)
         length_q = self._lengths(dq)
         length = self._lengths(self.unit / self.reciprocal)
@@ -113,6 +134,33 @@ class TotalVariationLinearization(Linearization):
             components.append(norm(slope) + 0.5 * remainder * radius)
         stacked = torch.stack(components, 1) if components else q.new_zeros((self.shape[0], 0))
         return Directional(hessian, stacked.norm(dim=1), stacked)
+
+    def _is_native(self, v: Tensor) -> bool:
+        return self.regularizer.is_plain and native.serves(self.unit, v)
+
+    def _native_directional(self, q: Tensor, radius: Tensor) -> Directional:
+        at = native.slopes(q, self.unit, self.reciprocal, float(self.smoothing), radius, self.regularizer.row_norm)
+        weight, radius = float(self.weight) * (1 + 1e-12), radius.double()
+        components = []
+        if self.regularizer.log_weight.requires_grad:
+            components.append(weight * (at.weight + 0.5 * at.hessian * radius))
+        if self.regularizer.log_smoothing.requires_grad:
+            components.append(weight * (at.smoothing + 0.5 * at.fourth * radius))
+        stacked = (torch.stack(components, 1) if components else radius.new_zeros((len(radius), 0))).to(q.dtype)
+        return Directional((weight * at.hessian).to(q.dtype), stacked.norm(dim=1), stacked)
+
+    def _native_change(self, radius: Tensor, mu: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return native.relative_change(
+            self.unit,
+            self.reciprocal,
+            float(self.weight),
+            float(self.smoothing),
+            radius,
+            mu,
+            squared_norm=squared_operator_norm(self.shape[-2], self.shape[-1]),
+            row_norm=self.regularizer.row_norm,
+            q=q,
+        )
 
     def _lengths(self, z: Tensor) -> Tensor:
         """Length of what is under one root."""
@@ -152,12 +200,30 @@ class TotalVariationLinearization(Linearization):
         return float(self.smoothing)
 
     def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor:
+        if self._is_native(self.unit):
+            return self._native_change(radius, strong_convexity)[0] / radius.double()
         at, far, across = self._local_lengths(radius, strong_convexity)
         # De stays parallel to itself while z_t = z + t De turns: |De x z_t| = |De x z|
         change = relative_norm(at, far, across * at.length if self.regularizer.isotropic else None)
         return change.transpose(0, 1).flatten(1).amax(1).double() / radius
 
     def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange:
+        if self._is_native(q):
+            hessian, energy = self._native_change(radius, strong_convexity, q)
+        else:
+            hessian, energy = self._change_along(q, radius, strong_convexity)
+        trainable = self.regularizer.trainable()
+        # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
+        slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
+        up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
+        return LocalChange(
+            up * hessian.double(),
+            torch.tensor(slopes, dtype=torch.float64, device=q.device),
+            up * (self.weight.double() * energy.double()).clamp(min=0).sqrt(),
+        )
+
+    def _change_along(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest relative change along q, and <q, D^T phi'' D q> without the weight, ``(B,)``."""
         at, far, _ = self._local_lengths(radius, strong_convexity)
         dq = forward_differences(q)
         length_q = self._lengths(dq)
@@ -171,15 +237,7 @@ class TotalVariationLinearization(Linearization):
             across = across * at.length + length_q * far  # |dq x z_t| <= |dq x z| + |dq| |De|
         hessian = relative_norm(at, along, across).transpose(0, 1).flatten(1).amax(1)
         energy = (dq * self._curvature(dq.clone())).transpose(0, 1).flatten(1).sum(1)
-        trainable = self.regularizer.trainable()
-        # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
-        slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
-        up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
-        return LocalChange(
-            up * hessian.double(),
-            torch.tensor(slopes, dtype=torch.float64, device=q.device),
-            up * (self.weight * energy).double().clamp(min=0).sqrt(),
-        )
+        return hessian, energy
 
     def mixed_energy_norms(self) -> Tensor:
         """||D^T p||_{H^-1}^2 <= sum <p, (weight D^2 phi)^-1 p>: for log nu that is weight sum |z|^2 nu^2 / s^3, for the
@@ -224,9 +282,7 @@ class TotalVariationLinearization(Linearization):
         other.regularizer, other.weight, other.smoothing = self.regularizer, self.weight, self.smoothing
         other.shape = torch.Size((len(index), *self.shape[1:]))
         other.constants = self.constants.subset(index)
-        other.reciprocal, other.unit, other.scale = (
-            field[:, index] for field in (self.reciprocal, self.unit, self.scale)
-        )
+        other.reciprocal, other.unit = self.reciprocal[:, index], self.unit[:, index]
         other.grad = self.grad[index]
         return other
 
@@ -236,41 +292,3 @@ class TotalVariationLinearization(Linearization):
 
     def newton_model(self, memory: Tensor) -> NewtonModel:
         return PrimalDualModel(self, memory.transpose(0, 1))
-
-
-class PrimalDualModel(NewtonModel):
-    """weight D^T (I - (u n^T + n u^T) / 2) D / s, with a dual field |u| <= 1 in place of one n = Dx / s.
-
-    Chan, Golub & Mulet (1999): linearizing the dual equation u s = Dx instead of u = Dx / s, whose linearization holds
-    in a much larger neighborhood. u = 0 is the quadratic majorizer (lagged diffusivity), u = n is Newton's method.
-    """
-
-    def __init__(self, linearization: TotalVariationLinearization, dual: Tensor):
-        self.at, self.dual, self.half = linearization, dual, 0.5 * dual
-        self.group = linearization.regularizer._group
-
-    def hvp(self, v: Tensor) -> Tensor:
-        at = self.at
-        if at.regularizer.is_plain:
-            return isotropic_primal_dual(v, at.unit, self.half, at.scale, self._work)
-        dv = forward_differences(v)
-        along_unit, along_half = self.group(at.unit * dv), self.group(self.half * dv)
-        dv.addcmul_(self.half, along_unit, value=-1).addcmul_(at.unit, along_half, value=-1)
-        return divergence(dv.mul_(at.scale))
-
-    def diffusion(self) -> Tensor:
-        return self.at._diagonal(self.dual) / 4
-
-    @cached_property
-    def _work(self) -> Tensor:
-        return self.half.new_empty((3, *self.half.shape))
-
-    def advance(self, d: Tensor, step: Tensor) -> Tensor:
-        at = self.at
-        dd = forward_differences(d)
-        along = self.group(at.unit * dd)
-        dual = dd.addcmul_(self.dual, along, value=-1).mul_(at.reciprocal).add_(at.unit)
-        if not bool((step == 1).all()):
-            dual = torch.lerp(self.dual, dual, step.reshape(1, -1, *([1] * (d.dim() - 1))))
-        # |u| <= 1 keeps the model positive semidefinite
-        return dual.div_(self.group(dual * dual).sqrt_().clamp_(min=1)).transpose(0, 1)

@@ -1,0 +1,36 @@
+"""Fused CPU kernels in C, compiled on first use by the machine's own C compiler; without one, PyTorch does the same."""
+
+from bilevel_imaging.native.filters import Bank
+from bilevel_imaging.native.library import native_kernels, serves
+from bilevel_imaging.native.potentials import (
+    AbsolutePotentials,
+    Potentials,
+    SplinePotentials,
+    derivatives,
+    primal_dual,
+    slope,
+)
+from bilevel_imaging.native.stencils import Stencil, SystemStates
+from bilevel_imaging.native.total_variation import advance_dual, linearize, model_field, relative_change, slopes
+from bilevel_imaging.native.updates import advance, inner
+
+__all__ = [
+    "AbsolutePotentials",
+    "Bank",
+    "Potentials",
+    "SplinePotentials",
+    "Stencil",
+    "SystemStates",
+    "advance",
+    "advance_dual",
+    "derivatives",
+    "inner",
+    "linearize",
+    "model_field",
+    "native_kernels",
+    "primal_dual",
+    "relative_change",
+    "serves",
+    "slope",
+    "slopes",
+]

@@ -1,0 +1,92 @@
+"""Derivatives of the potentials of filter responses, in one pass."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.native.library import function, integers, pointer, threads
+
+
+@dataclass(frozen=True)
+class SplinePotentials:
+    """psi_k is a cubic on every piece of |t|, of which piece p begins at reach (p / n)^2 and the last never ends.
+
+    Attributes:
+        tables: coefficients of 1, |t|, |t|^2, |t|^3, contiguous, ``(4, K, n + 1)``.
+        reach: see above.
+    """
+
+    tables: Tensor
+    reach: float
+    kind = "spline"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What must be like the responses."""
+        return (self.tables,)
+
+    @property
+    def arguments(self) -> tuple:
+        """As the C functions expect them."""
+        real = ctypes.c_float if self.tables.dtype == torch.float32 else ctypes.c_double
+        return pointer(self.tables), real(1 / self.reach), ctypes.c_int64(self.tables.shape[2] - 1)
+
+
+@dataclass(frozen=True)
+class AbsolutePotentials:
+    """psi_k(t) = weight_k (sqrt(t^2 + nu_k^2) - nu_k).
+
+    Attributes:
+        weight, nu: contiguous, ``(K,)``.
+    """
+
+    weight: Tensor
+    nu: Tensor
+    kind = "absolute"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What must be like the responses."""
+        return self.weight, self.nu
+
+    @property
+    def arguments(self) -> tuple:
+        """As the C functions expect them."""
+        return pointer(self.weight), pointer(self.nu)
+
+
+Potentials = SplinePotentials | AbsolutePotentials
+
+
+def derivatives(potentials: Potentials, z: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """psi'(z) and psi''(z) for responses ``(..., K)``; the latter into ``curvature``, contiguous, if given."""
+    z = z.contiguous()
+    slope, curvature = torch.empty_like(z), torch.empty_like(z) if curvature is None else curvature
+    kernel = function(f"{potentials.kind}_derivatives", z.dtype)
+    kernel(pointer(z), *potentials.arguments, pointer(slope), pointer(curvature), *_sizes(z), threads())
+    return slope, curvature
+
+
+def slope(potentials: Potentials, z: Tensor) -> Tensor:
+    """psi'(z)."""
+    z = z.contiguous()
+    out = torch.empty_like(z)
+    kernel = function(f"{potentials.kind}_derivatives", z.dtype)
+    kernel(pointer(z), *potentials.arguments, pointer(out), pointer(None), *_sizes(z), threads())
+    return out
+
+
+def primal_dual(potentials: Potentials, z: Tensor, u: Tensor, c: Tensor, out: Tensor) -> None:
+    """c and psi'(z) of the primal-dual Newton model into ``c`` and ``out``, contiguous; see
+    ``regularizers.profiles.Profile.primal_dual``."""
+    z, u = z.contiguous(), u.contiguous()
+    kernel = function(f"{potentials.kind}_primal_dual", z.dtype)
+    kernel(pointer(z), pointer(u), *potentials.arguments, pointer(c), pointer(out), *_sizes(z), threads())
+
+
+def _sizes(z: Tensor) -> tuple[ctypes.c_int64, ...]:
+    return integers(z.numel() // z.shape[-1] if z.shape[-1] else 0, z.shape[-1])

@@ -1,0 +1,217 @@
+/* Included by kernels.c for each type. Images are stored row by row; a sample is `rows` rows of `width` pixels, of which
+   every `height` form one plane (channel). D are forward differences inside a plane, 0 at its last row and column.
+
+   A stencil is diag(d) + D^T M D with a symmetric 2 x 2 matrix M = [[a, b], [b, c]] at every pixel, b being 0 in the last
+   row and column. `d` is one number, or a pixel's own where `diagonal` is not NULL. */
+
+typedef struct {
+    const REAL *a, *b, *c, *diagonal;
+    REAL constant;
+    int64_t rows, height, width;
+} NAME(Stencil);
+
+/* Vertical part of M D p on one row, which the row below needs. */
+static void NAME(vertical)(const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict down) {
+    const int64_t w = s->width, at = row * w;
+    const REAL *restrict b = s->b + at, *restrict c = s->c + at, *restrict here = p + at;
+    if (row % s->height == s->height - 1) { /* b is 0 here, and so is the difference */
+        memset(down, 0, w * sizeof(REAL));
+        return;
+    }
+    const REAL *restrict below = here + w;
+    for (int64_t j = 0; j < w - 1; j++) down[j] = b[j] * (here[j + 1] - here[j]) + c[j] * (below[j] - here[j]);
+    down[w - 1] = c[w - 1] * (below[w - 1] - here[w - 1]);
+}
+
+/* Row `row` of (diag(d) + D^T M D) p, into z; returns <p, z> on it. `above` holds the vertical part of the row above and
+   is replaced by that of this row; `right` is scratch of width + 1. */
+static REAL NAME(row_product)(
+    const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict z, REAL *restrict above, REAL *restrict right
+) {
+    const int64_t w = s->width, at = row * w;
+    const REAL *restrict a = s->a + at, *restrict b = s->b + at, *restrict c = s->c + at, *restrict here = p + at;
+    REAL *restrict out = z + at;
+    const int last = row % s->height == s->height - 1, first = row % s->height == 0;
+    right[0] = 0; /* right[j + 1] belongs to pixel j */
+    REAL total = 0;
+    if (first) memset(above, 0, w * sizeof(REAL));
+    if (last) {
+        for (int64_t j = 0; j < w - 1; j++) right[j + 1] = a[j] * (here[j + 1] - here[j]);
+        right[w] = 0;
+        for (int64_t j = 0; j < w; j++) {
+            out[j] = right[j] - right[j + 1] + above[j];
+            above[j] = 0;
+        }
+    } else {
+        const REAL *restrict below = here + w;
+        for (int64_t j = 0; j < w - 1; j++) {
+            const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
+            const REAL across = b[j] * dx + c[j] * dy;
+            right[j + 1] = a[j] * dx + b[j] * dy;
+            out[j] = above[j] - across;
+            above[j] = across;
+        }
+        const REAL edge = c[w - 1] * (below[w - 1] - here[w - 1]);
+        right[w] = 0;
+        out[w - 1] = above[w - 1] - edge;
+        above[w - 1] = edge;
+        for (int64_t j = 0; j < w; j++) out[j] += right[j] - right[j + 1];
+    }
+    if (s->diagonal) {
+        const REAL *restrict d = s->diagonal + at;
+        for (int64_t j = 0; j < w; j++) {
+            out[j] += d[j] * here[j];
+            total += here[j] * out[j];
+        }
+    } else {
+        const REAL d = s->constant;
+        for (int64_t j = 0; j < w; j++) {
+            out[j] += d * here[j];
+            total += here[j] * out[j];
+        }
+    }
+    return total;
+}
+
+/* z = (diag(d) + D^T M D) p for `count` samples; sample i of every field starts at i * rows * width. */
+void NAME(stencil_product)(
+    const REAL *p, const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, REAL *z,
+    int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+) {
+    const int64_t blocks_each = count >= threads ? 1 : (threads + count - 1) / count;
+    const int64_t blocks = count * blocks_each;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t start = (block / blocks_each) * rows * width, part = block % blocks_each;
+        const int64_t from = rows * part / blocks_each, to = rows * (part + 1) / blocks_each;
+        const NAME(Stencil) s = {
+            a + start, b + start, c + start, diagonal ? diagonal + start : NULL, constant, rows, height, width};
+        REAL *work = malloc((2 * width + 1) * sizeof(REAL));
+        if (from < to && from > 0) NAME(vertical)(&s, p + start, from - 1, work);
+        for (int64_t row = from; row < to; row++)
+            NAME(row_product)(&s, p + start, row, z + start, work, work + width);
+        free(work);
+    }
+}
+
+/* State of one system's conjugate gradients, read and written. `rz` = ||r||^2; `radau` and `lowest` are those of the
+   Gauss-Radau bound of the energy norm (NaN: none). */
+typedef struct {
+    double residual, target, rz, radau, lowest, energy;
+    int64_t status, iterations;
+} NAME(Progress);
+
+/* Conjugate gradients on one sample, by a team of threads that share its rows. Sums are formed row by row and then over
+   all rows in order, so the result does not depend on the number of threads. `sums` is scratch of 2 * rows. */
+static void NAME(solve_one)(
+    const NAME(Stencil) *s, REAL *q, REAL *r, REAL *p, REAL *z, double *sums, REAL *work, NAME(Progress) *shared,
+    int64_t max_iter, int thread, int team
+) {
+    const int64_t w = s->width, from = s->rows * thread / team, to = s->rows * (thread + 1) / team;
+    double *curvatures = sums, *squares = sums + s->rows;
+    NAME(Progress) now = *shared;
+    wait_for_team(team); /* everybody has read it */
+    REAL beta = 0;
+    int pending = 0; /* p = r + beta p is put off until the next product, which passes over p anyway */
+    while (now.status == RUNNING && now.iterations < max_iter && now.residual > now.target && isfinite(now.residual)) {
+        if (pending && team > 1) {
+            for (int64_t i = from * w; i < to * w; i++) p[i] = r[i] + beta * p[i];
+            pending = 0;
+            wait_for_team(team);
+        }
+        if (pending && from < to)
+            for (int64_t i = from * w; i < (from + 1) * w; i++) p[i] = r[i] + beta * p[i];
+        if (from < to && from > 0) NAME(vertical)(s, p, from - 1, work);
+        for (int64_t row = from; row < to; row++) {
+            if (pending && row + 1 < to) {
+                REAL *restrict next = p + (row + 1) * w;
+                const REAL *restrict with = r + (row + 1) * w;
+                for (int64_t j = 0; j < w; j++) next[j] = with[j] + beta * next[j];
+            }
+            curvatures[row] = NAME(row_product)(s, p, row, z, work, work + w);
+        }
+        pending = 0;
+        wait_for_team(team);
+        const double curvature = sum(curvatures, s->rows);
+        if (!(curvature > 0 && now.rz > 0)) {
+            now.status = isfinite(curvature + now.rz) ? INDEFINITE : NOT_FINITE;
+            now.iterations++;
+            break;
+        }
+        const double step = now.rz / curvature;
+        const REAL alpha = (REAL)step;
+        for (int64_t row = from; row < to; row++) {
+            REAL *restrict qr = q + row * w, *restrict rr = r + row * w;
+            const REAL *restrict pr = p + row * w, *restrict zr = z + row * w;
+            REAL square = 0;
+            for (int64_t j = 0; j < w; j++) {
+                qr[j] += alpha * pr[j];
+                rr[j] -= alpha * zr[j];
+                square += rr[j] * rr[j];
+            }
+            squares[row] = square;
+        }
+        wait_for_team(team);
+        const double square = sum(squares, s->rows), ratio = square / now.rz;
+        beta = (REAL)ratio;
+        now.rz = square;
+        now.residual = sqrt(square);
+        now.iterations++;
+        pending = 1;
+        const double gap = now.radau - step;
+        now.radau = gap > 0 ? gap / (now.lowest * gap + ratio) : NAN;
+        now.energy = sqrt(now.radau * square);
+        if (isnan(now.energy)) now.energy = INFINITY;
+    }
+    if (pending)
+        for (int64_t i = from * w; i < to * w; i++) p[i] = r[i] + beta * p[i];
+    if (now.status == RUNNING) {
+        if (!isfinite(now.residual)) now.status = NOT_FINITE;
+        else if (now.residual <= now.target) now.status = DONE;
+        else now.status = MAX_ITER;
+    }
+    wait_for_team(team);
+    if (thread == 0) *shared = now;
+}
+
+/* Conjugate gradients for (diag(d) + D^T M D) q = b, all samples; q, r, p and `progress` go on from where they are. */
+void NAME(stencil_solve)(
+    const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, REAL *q, REAL *r, REAL *p,
+    void *progress, int64_t count, int64_t rows, int64_t height, int64_t width, int64_t max_iter, int threads
+) {
+    NAME(Progress) *all = progress;
+    const int64_t size = rows * width;
+    if (count >= threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            REAL *z = malloc((size + 2 * width + 1) * sizeof(REAL));
+            double *sums = malloc(2 * rows * sizeof(double));
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t at = i * size;
+                const NAME(Stencil) s = {
+                    a + at, b + at, c + at, diagonal ? diagonal + at : NULL, constant, rows, height, width};
+                NAME(solve_one)(&s, q + at, r + at, p + at, z, sums, z + size, all + i, max_iter, 0, 1);
+            }
+            free(z);
+            free(sums);
+        }
+        return;
+    }
+    REAL *z = malloc(size * sizeof(REAL));
+    double *sums = malloc(2 * rows * sizeof(double));
+#pragma omp parallel num_threads(threads)
+    {
+        REAL *work = malloc((2 * width + 1) * sizeof(REAL));
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t at = i * size;
+            const NAME(Stencil) s = {
+                a + at, b + at, c + at, diagonal ? diagonal + at : NULL, constant, rows, height, width};
+            NAME(solve_one)(
+                &s, q + at, r + at, p + at, z, sums, work, all + i, max_iter, thread_number(), team_size());
+        }
+        free(work);
+    }
+    free(z);
+    free(sums);
+}

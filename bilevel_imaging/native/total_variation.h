@@ -1,0 +1,292 @@
+/* Included by kernels.c for each type: smoothed isotropic total variation, channel by channel. */
+
+/* Smoothed total variation at x, rows of a plane in order: unit field n = Dx / s in two components `apart` numbers from
+   each other, 1 / s, and the gradient weight D^T n. */
+void NAME(tv_linearize)(
+    const REAL *x, REAL weight, REAL smoothing, REAL *unit, int64_t apart, REAL *reciprocal, REAL *grad, int64_t planes,
+    int64_t height, int64_t width, int threads
+) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t plane = 0; plane < planes; plane++) {
+        const REAL floor = smoothing * smoothing;
+        for (int64_t row = 0; row < height; row++) {
+            const int64_t at = (plane * height + row) * width;
+            const int64_t down = row < height - 1 ? width : 0;
+            const REAL *restrict here = x + at, *restrict below = x + at + down;
+            REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
+            for (int64_t j = 0; j < width - 1; j++) {
+                const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
+                const REAL one = 1 / SQRT(dx * dx + dy * dy + floor);
+                inverse[j] = one;
+                n0[j] = dx * one;
+                n1[j] = dy * one;
+            }
+            const int64_t j = width - 1;
+            const REAL dy = below[j] - here[j], one = 1 / SQRT(dy * dy + floor);
+            inverse[j] = one;
+            n0[j] = 0;
+            n1[j] = dy * one;
+        }
+        for (int64_t row = 0; row < height; row++) {
+            const int64_t at = (plane * height + row) * width;
+            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at;
+            const REAL *restrict above = row > 0 ? n1 - width : NULL;
+            REAL *restrict out = grad + at;
+            if (above)
+                for (int64_t j = 0; j < width; j++) out[j] = above[j] - n1[j] - n0[j];
+            else
+                for (int64_t j = 0; j < width; j++) out[j] = -n1[j] - n0[j];
+            for (int64_t j = 1; j < width; j++) out[j] += n0[j - 1];
+            for (int64_t j = 0; j < width; j++) out[j] *= weight;
+        }
+    }
+}
+
+/* Stencil of weight D^T (I - (u n^T + n u^T) / 2) D / s; components of n and u are `apart_n` and `apart_u` numbers apart,
+   u's samples `sample_u`. */
+void NAME(tv_field)(
+    const REAL *unit, int64_t apart_n, const REAL *dual, int64_t apart_u, int64_t sample_u, const REAL *reciprocal,
+    REAL weight, REAL *a, REAL *b, REAL *c, int64_t count, int64_t size, int threads
+) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t at = i * size;
+        const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart_n + at, *restrict inverse = reciprocal + at;
+        const REAL *restrict u0 = dual + i * sample_u, *restrict u1 = u0 + apart_u;
+        REAL *restrict ai = a + at, *restrict bi = b + at, *restrict ci = c + at;
+        for (int64_t j = 0; j < size; j++) {
+            const REAL scale = weight * inverse[j];
+            ai[j] = scale * (1 - u0[j] * n0[j]);
+            bi[j] = -scale * (REAL)0.5 * (u0[j] * n1[j] + u1[j] * n0[j]);
+            ci[j] = scale * (1 - u1[j] * n1[j]);
+        }
+    }
+}
+
+/* The dual field after a step t along d: (1 - t) u + t (n + (Dd - u <n, Dd>) / s), scaled back where longer than 1. */
+void NAME(tv_advance_dual)(
+    const REAL *d, const REAL *steps, const REAL *unit, int64_t apart_n, const REAL *dual, int64_t apart_u,
+    int64_t sample_u, const REAL *reciprocal, REAL *out, int64_t count, int64_t rows, int64_t height, int64_t width,
+    int threads
+) {
+    const int64_t size = rows * width;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t i = 0; i < count; i++) {
+        const REAL t = steps[i];
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t at = i * size + row * width;
+            const int64_t down = row % height < height - 1 ? width : 0;
+            const REAL *restrict here = d + at, *restrict below = d + at + down, *restrict inverse = reciprocal + at;
+            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart_n + at;
+            const REAL *restrict u0 = dual + i * sample_u + row * width, *restrict u1 = u0 + apart_u;
+            REAL *restrict v0 = out + 2 * i * size + row * width, *restrict v1 = v0 + size;
+            for (int64_t j = 0; j < width; j++) {
+                const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
+                const REAL along = n0[j] * dx + n1[j] * dy;
+                const REAL w0 = u0[j] + t * (n0[j] + (dx - u0[j] * along) * inverse[j] - u0[j]);
+                const REAL w1 = u1[j] + t * (n1[j] + (dy - u1[j] * along) * inverse[j] - u1[j]);
+                const REAL length = SQRT(w0 * w0 + w1 * w1), scale = 1 / (length > 1 ? length : 1);
+                v0[j] = w0 * scale;
+                v1[j] = w1 * scale;
+            }
+        }
+    }
+}
+
+/* What the certificates of smoothed total variation need per pixel: see relative_curvature.py for the formulas. */
+typedef struct {
+    REAL weight, smoothing, floor, radius, row; /* floor = mu / ||D||^2, row = ||D_i|| / sqrt(mu) */
+} NAME(Ball);
+
+/* Norm of D^3 phi[k] relative to the Hessian over lengths in [low, high], for parts of k along z and |k x z| at most
+   `along` and `across`. */
+static inline REAL NAME(relative_norm)(const NAME(Ball) *s, REAL low, REAL high, REAL along, REAL across) {
+    const REAL nu = s->smoothing, w = s->weight, nu2 = nu * nu, low2 = low * low + nu2, root = SQRT(low2);
+    REAL peak = nu > low ? nu : low;
+    peak = peak < high ? peak : high;
+    const REAL slope = peak / (peak * peak + nu2) * along, stiff = w * nu2;
+    const REAL soft = s->floor * root, low_stiff = stiff + soft * low2, low_weight = w + soft;
+    const REAL first = 3 * slope * stiff / low_stiff, second = slope * w / low_weight;
+    const REAL mixed = w * across / SQRT(low_stiff * (low2 * low_weight));
+    const REAL half = (REAL)0.5 * (first - second);
+    return (REAL)0.5 * (first + second) + SQRT(half * half + mixed * mixed);
+}
+
+/* Largest relative change of the Hessian of sample i over the ball ||e||_H <= radius, along every e of the ball (q NULL)
+   or along q; then also <q, D^T phi'' D q>. A value that is not finite makes the largest one infinite. */
+void NAME(tv_relative)(
+    const REAL *unit, int64_t apart, const REAL *reciprocal, const REAL *q, REAL weight, REAL smoothing,
+    const double *radii, const double *convexities, double squared_norm, double row_norm, double *largest,
+    double *energies, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+) {
+    double *sums = malloc(count * rows * sizeof(double)); /* added up in order, whoever computed them */
+    for (int64_t i = 0; i < count; i++) largest[i] = 0;
+    const int64_t blocks_each = count >= threads ? 1 : threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < count * blocks_each; block++) {
+        const int64_t i = block / blocks_each, part = block % blocks_each;
+        const int64_t from = rows * part / blocks_each, to = rows * (part + 1) / blocks_each;
+        const NAME(Ball) s = {
+            weight, smoothing, (REAL)(convexities[i] / squared_norm), (REAL)radii[i],
+            (REAL)(row_norm / sqrt(convexities[i]))};
+        const REAL nu2 = smoothing * smoothing;
+        REAL best = 0;
+        int64_t bad = 0;
+        for (int64_t row = from; row < to; row++) {
+            const int64_t at = (i * rows + row) * width, down = row % height < height - 1 ? width : 0;
+            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
+            const REAL *here = q ? q + at : NULL;
+            const REAL *below = q ? here + down : NULL;
+            REAL sum_row = 0;
+            int bad_row = 0;
+#pragma omp simd reduction(max : best) reduction(+ : sum_row, bad_row)
+            for (int64_t j = 0; j < width; j++) {
+                const REAL one = inverse[j], length = SQRT(n0[j] * n0[j] + n1[j] * n1[j]) / one;
+                const REAL curved = weight * nu2 * one * one * one + s.floor, flat = weight * one + s.floor;
+                REAL far = 1 / SQRT(curved), aside = 1 / SQRT(flat);
+                far = s.radius * (far < s.row ? far : s.row);
+                aside = s.radius * (aside < s.row ? aside : s.row);
+                const REAL low = length > far ? length - far : 0, high = length + far;
+                REAL along = far, across = aside * length;
+                if (q) {
+                    const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
+                    const REAL square = dx * dx + dy * dy, onto = n0[j] * dx + n1[j] * dy;
+                    const REAL whole = SQRT(square);
+                    const REAL ratio = length * one; /* |n| */
+                    along = onto < 0 ? -onto : onto;
+                    along = ratio > 0 ? along / ratio : 0;
+                    REAL rest = n0[j] * dy - n1[j] * dx;
+                    rest = rest < 0 ? -rest : rest;
+                    rest = ratio > 0 ? rest / ratio : whole;
+                    const REAL turn = far < length ? far / length : 1;
+                    along += rest * turn;
+                    along = along < whole ? along : whole;
+                    across = rest * length + whole * far;
+                    sum_row += (square - onto * onto) * one;
+                }
+                const REAL value = NAME(relative_norm)(&s, low, high, along, across);
+                best = value > best ? value : best;
+                bad_row += !(value < INFINITY);
+            }
+            sums[i * rows + row] = sum_row;
+            bad += bad_row;
+        }
+        const double found = bad ? INFINITY : best;
+#pragma omp critical
+        if (found > largest[i]) largest[i] = found;
+    }
+    for (int64_t i = 0; i < count; i++) energies[i] = sum(sums + i * rows, rows);
+    free(sums);
+}
+
+/* Row `row` of the two fields of slopes, that of the weight and that of the smoothing, along q, and the weights of the
+   bounds of third and fourth derivatives on the Euclidean ball; see TotalVariationLinearization.directional. */
+static void NAME(slopes)(
+    const REAL *q, const REAL *unit, int64_t apart, const REAL *reciprocal, REAL smoothing, REAL reach, int64_t row,
+    int64_t height, int64_t width, REAL *restrict p0, REAL *restrict p1, REAL *restrict s0, REAL *restrict s1,
+    REAL *restrict third, REAL *restrict fourth
+) {
+    const int64_t at = row * width, down = row % height < height - 1 ? width : 0;
+    const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
+    const REAL *restrict here = q + at, *restrict below = here + down;
+    const REAL nu2 = smoothing * smoothing, half = smoothing / 2, most = (REAL)1.933 / nu2;
+    const REAL two = (REAL)1.1547005383792517; /* 2 / sqrt(3) */
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) {
+        const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
+        const REAL one = inverse[j], onto = n0[j] * dx + n1[j] * dy, cube = -nu2 * one * one * one;
+        p0[j] = (dx - n0[j] * onto) * one;
+        p1[j] = (dy - n1[j] * onto) * one;
+        s0[j] = (dx - 3 * n0[j] * onto) * cube;
+        s1[j] = (dy - 3 * n1[j] * onto) * cube;
+        const REAL whole = SQRT(dx * dx + dy * dy), length = SQRT(n0[j] * n0[j] + n1[j] * n1[j]) / one;
+        const REAL low = length > reach ? length - reach : 0, high = length + reach;
+        REAL t = half > low ? half : low;
+        t = t < high ? t : high;
+        const REAL s2 = t * t + nu2, root = SQRT(s2);
+        third[j] = whole * (t * t > nu2 / 2 ? two / s2 : 3 * nu2 * t / (s2 * s2 * root));
+        const REAL low2 = low * low + nu2, exact = 6 * nu2 / (low2 * low2);
+        fourth[j] = whole * (low >= half && exact < most ? exact : most);
+    }
+}
+
+/* Largest entry of (degrees + adjacency) v of the grid with edge weights g, the same for a pixel's edges to its right and
+   below, divided by v where that is given (else v = 1); the products are stored where `out` is not NULL. */
+static REAL NAME(signless)(
+    const REAL *g, const REAL *v, REAL *out, int64_t rows, int64_t height, int64_t width, REAL *restrict line
+) {
+    REAL best = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t at = row * width, last = row % height == height - 1, first = row % height == 0;
+        const REAL *restrict here = g + at, *restrict above = here - width;
+        for (int64_t j = 0; j < width; j++) line[j] = 0;
+        if (v) {
+            const REAL *restrict u = v + at, *restrict up = u - width, *restrict low = u + width;
+            for (int64_t j = 0; j < width - 1; j++) line[j] += here[j] * (u[j] + u[j + 1]);
+            for (int64_t j = 1; j < width; j++) line[j] += here[j - 1] * (u[j - 1] + u[j]);
+            if (!last)
+                for (int64_t j = 0; j < width; j++) line[j] += here[j] * (u[j] + low[j]);
+            if (!first)
+                for (int64_t j = 0; j < width; j++) line[j] += above[j] * (up[j] + u[j]);
+        } else {
+            for (int64_t j = 0; j < width - 1; j++) line[j] += 2 * here[j];
+            for (int64_t j = 1; j < width; j++) line[j] += 2 * here[j - 1];
+            if (!last)
+                for (int64_t j = 0; j < width; j++) line[j] += 2 * here[j];
+            if (!first)
+                for (int64_t j = 0; j < width; j++) line[j] += 2 * above[j];
+        }
+        if (out) memcpy(out + at, line, width * sizeof(REAL));
+        if (v)
+            for (int64_t j = 0; j < width; j++) line[j] /= v[at + j];
+#pragma omp simd reduction(max : best)
+        for (int64_t j = 0; j < width; j++) best = line[j] > best ? line[j] : best;
+    }
+    return best;
+}
+
+/* Euclidean bounds along q, divided by the weight: largest eigenvalue of the change of the Hessian per length of e, the
+   norms of the slopes of both columns of J, and the bound of the smoothing column's second derivative. */
+void NAME(tv_directional)(
+    const REAL *q, const REAL *unit, int64_t apart, const REAL *reciprocal, REAL smoothing, const double *radii,
+    double row_norm, double *hessian, double *weight_slope, double *smoothing_slope, double *fourth_bound,
+    int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+) {
+    const int64_t size = rows * width;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++) {
+        REAL *third = malloc((3 * size + 7 * width) * sizeof(REAL)), *fourth = third + size, *v = fourth + size;
+        REAL *p0 = v + size, *s0 = p0 + width, *line = s0 + width;
+        REAL *p1[2] = {line + width, line + 2 * width}, *s1[2] = {line + 3 * width, line + 4 * width};
+        const REAL reach = (REAL)(row_norm * radii[i]);
+        const int64_t start = i * size;
+        double p_square = 0, s_square = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            REAL *restrict p = p1[row & 1], *restrict s = s1[row & 1], *p_above = p1[1 - (row & 1)];
+            REAL *s_above = s1[1 - (row & 1)];
+            if (row % height == 0) memset(p_above, 0, width * sizeof(REAL)), memset(s_above, 0, width * sizeof(REAL));
+            NAME(slopes)(
+                q + start, unit + start, apart, reciprocal + start, smoothing, reach, row, height, width, p0, p, s0, s,
+                third + row * width, fourth + row * width);
+            REAL p_row = 0, s_row = 0;
+            for (int64_t j = 1; j < width; j++) {
+                const REAL dp = p0[j - 1] - p0[j] + p_above[j] - p[j], ds = s0[j - 1] - s0[j] + s_above[j] - s[j];
+                p_row += dp * dp;
+                s_row += ds * ds;
+            }
+            const REAL dp = p_above[0] - p0[0] - p[0], ds = s_above[0] - s0[0] - s[0];
+            p_square += p_row + dp * dp;
+            s_square += s_row + ds * ds;
+        }
+        weight_slope[i] = sqrt(p_square);
+        smoothing_slope[i] = sqrt(s_square);
+        const int known = radii[i] >= 0 && isfinite(p_square + s_square); /* comparisons with NaN are false */
+        fourth_bound[i] = known ? NAME(signless)(fourth, NULL, NULL, rows, height, width, line) : INFINITY;
+        const REAL degree = NAME(signless)(third, NULL, v, rows, height, width, line);
+        const REAL scale = degree > 0 ? 1 / degree : 0;
+        for (int64_t j = 0; j < size; j++) v[j] = v[j] * scale + (REAL)1e-3;
+        const REAL bound = NAME(signless)(third, v, NULL, rows, height, width, line);
+        hessian[i] = !known ? INFINITY : bound < degree ? bound : degree;
+        free(third);
+    }
+}

@@ -1,0 +1,184 @@
+"""Smoothed isotropic total variation, channel by channel: what Newton's method and the certificates need."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.native.library import function, integers, pointer, threads
+
+
+def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit field n = Dx / s ``(2, B, C, H, W)``, 1 / s ``(1, B, C, H, W)`` and the gradient weight D^T n, with
+    s = sqrt(|Dx|^2 + smoothing^2), at x ``(B, C, H, W)``."""
+    x = x.contiguous()
+    unit, reciprocal, grad = x.new_empty((2, *x.shape)), x.new_empty((1, *x.shape)), torch.empty_like(x)
+    planes = x.shape[0] * x.shape[1]
+    kernel = function("tv_linearize", x.dtype)
+    kernel(
+        pointer(x),
+        *_reals(x.dtype, weight, smoothing),
+        pointer(unit),
+        *integers(x.numel()),
+        pointer(reciprocal),
+        pointer(grad),
+        *integers(planes, *x.shape[-2:]),
+        threads(),
+    )
+    return unit, reciprocal, grad
+
+
+def model_field(unit: Tensor, dual: Tensor, reciprocal: Tensor, weight: float) -> Tensor:
+    """M = weight (I - (u n^T + n u^T) / 2) / s as ``Stencil.field``, for fields n = ``unit`` and u = ``dual``,
+    ``(2, B, C, H, W)``, that are 0 where Dx is."""
+    unit, dual = unit.contiguous(), _samples_contiguous(dual)
+    field = unit.new_empty((3, *unit.shape[1:]))
+    batch, size = unit.shape[1], unit[0, 0].numel()
+    kernel = function("tv_field", unit.dtype)
+    kernel(
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(dual),
+        *integers(dual.stride(0), dual.stride(1)),
+        pointer(reciprocal.contiguous()),
+        *_reals(unit.dtype, weight),
+        *(pointer(plane) for plane in field),
+        *integers(batch, size),
+        threads(),
+    )
+    return field
+
+
+def advance_dual(d: Tensor, step: Tensor, unit: Tensor, dual: Tensor, reciprocal: Tensor) -> Tensor:
+    """The dual field after a step of length ``step`` ``(B,)`` along d ``(B, C, H, W)``, ``(B, 2, C, H, W)``."""
+    d, unit, dual = d.contiguous(), unit.contiguous(), _samples_contiguous(dual)
+    batch, channels, height, width = d.shape
+    out = d.new_empty((batch, 2, channels, height, width))
+    kernel = function("tv_advance_dual", d.dtype)
+    kernel(
+        pointer(d),
+        pointer(step.to(d.dtype).contiguous()),
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(dual),
+        *integers(dual.stride(0), dual.stride(1)),
+        pointer(reciprocal.contiguous()),
+        pointer(out),
+        *integers(batch, channels * height, height, width),
+        threads(),
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Euclidean bounds along q, of TV with weight 1; all ``(B,)`` float64.
+
+    Attributes:
+        hessian: bound of ||(H(x_t) - H) q|| / ||x_t - x|| on the ball.
+        weight, smoothing: norms of the derivatives along q of D^T phi' and D^T d phi' / d log smoothing.
+        fourth: bound of the change of the last one per length.
+    """
+
+    hessian: Tensor
+    weight: Tensor
+    smoothing: Tensor
+    fourth: Tensor
+
+
+def slopes(q: Tensor, unit: Tensor, reciprocal: Tensor, smoothing: float, radius: Tensor, row_norm: float) -> Slopes:
+    """Bounds along q ``(B, C, H, W)`` on the ball of the given radius ``(B,)``; inf where something is not finite.
+
+    Args:
+        q: direction.
+        unit: of the point, see :func:`linearize`.
+        reciprocal: likewise.
+        smoothing: of the total variation.
+        radius: of the ball.
+        row_norm: ||D_i||, the largest change of a difference per length.
+    """
+    q, unit, reciprocal = q.contiguous(), unit.contiguous(), reciprocal.contiguous()
+    batch, channels, height, width = q.shape
+    radius = radius.double().contiguous()
+    bounds = torch.empty((4, batch), dtype=torch.float64)
+    kernel = function("tv_directional", q.dtype)
+    kernel(
+        pointer(q),
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(reciprocal),
+        *_reals(q.dtype, smoothing),
+        pointer(radius),
+        ctypes.c_double(row_norm),
+        *(pointer(row) for row in bounds),
+        *integers(batch, channels * height, height, width),
+        threads(),
+    )
+    return Slopes(*bounds)
+
+
+def relative_change(
+    unit: Tensor,
+    reciprocal: Tensor,
+    weight: float,
+    smoothing: float,
+    radius: Tensor,
+    strong_convexity: Tensor,
+    *,
+    squared_norm: float,
+    row_norm: float,
+    q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Largest change of the Hessian relative to itself for ||e||_H <= radius, and <q, D^T phi''(Dx) D q>.
+
+    Along e, to be divided by the radius, with ``q=None``; else along q ``(B, C, H, W)``, per ||e||_H. The formulas are
+    those of ``regularizers.relative_curvature``.
+
+    Args:
+        unit: of the point, see :func:`linearize`.
+        reciprocal: likewise.
+        weight: of the total variation.
+        smoothing: likewise.
+        radius: of the ball, ``(B,)``.
+        strong_convexity: mu of the energy, ``(B,)``.
+        squared_norm: ||D||^2.
+        row_norm: ||D_i||.
+        q: direction, or ``None``.
+
+    Returns:
+        The two, float64 ``(B,)``; the second is 0 with ``q=None``, and has no factor weight.
+    """
+    unit, reciprocal = unit.contiguous(), reciprocal.contiguous()
+    batch, channels, height, width = unit.shape[1:]
+    q = None if q is None else q.contiguous()
+    radius, strong_convexity = radius.double().contiguous(), strong_convexity.double().contiguous()
+    bounds = torch.empty((2, batch), dtype=torch.float64)
+    kernel = function("tv_relative", unit.dtype)
+    kernel(
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(reciprocal),
+        pointer(q),
+        *_reals(unit.dtype, weight, smoothing),
+        pointer(radius),
+        pointer(strong_convexity),
+        ctypes.c_double(squared_norm),
+        ctypes.c_double(row_norm),
+        *(pointer(row) for row in bounds),
+        *integers(batch, channels * height, height, width),
+        threads(),
+    )
+    return bounds[0], bounds[1]
+
+
+def _samples_contiguous(field: Tensor) -> Tensor:
+    """A field ``(2, B, C, H, W)`` whose images are contiguous, whatever the order of the first two dimensions."""
+    return field if field[0, 0].is_contiguous() else field.contiguous()
+
+
+def _reals(dtype: torch.dtype, *values: float) -> tuple:
+    real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
+    return tuple(real(value) for value in values)

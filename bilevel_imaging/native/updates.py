@@ -1,0 +1,36 @@
+"""Inner products and the vector updates of conjugate gradients, for any operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.native.library import function, integers, pointer, threads
+
+
+def inner(u: Tensor, v: Tensor) -> Tensor:
+    """<u_i, v_i> for contiguous u and v ``(B, *image)``, float64 ``(B,)``."""
+    products = torch.empty(len(u), dtype=torch.float64)
+    kernel = function("inner", u.dtype)
+    kernel(pointer(u), pointer(v), pointer(products), *integers(len(u), u[0].numel()), threads())
+    return products
+
+
+def advance(q: Tensor, r: Tensor, p: Tensor, product: Tensor, step: Tensor, rz: Tensor) -> Tensor:
+    """q += step p, r -= step H p, p = r + (||r||^2 / rz) p, in place; returns ||r||^2, float64 ``(B,)``.
+
+    A sample whose step is NaN is left alone, and its ||r||^2 is undefined.
+
+    Args:
+        q: iterates, ``(B, *image)``, contiguous.
+        r: their residuals, likewise.
+        p: their search directions, likewise.
+        product: H p, likewise.
+        step: float64 ``(B,)``.
+        rz: ||r||^2 before, float64 ``(B,)``.
+    """
+    squares = torch.empty_like(rz)
+    kernel = function("advance", q.dtype)
+    vectors = tuple(pointer(v) for v in (q, r, p, product, step, rz, squares))
+    kernel(*vectors, *integers(len(q), q[0].numel()), threads())
+    return squares
