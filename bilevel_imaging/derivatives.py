@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.native import Stencil
+from bilevel_imaging.tensors import inner, norm
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,18 @@ class Metric:
     Attributes:
         inverse: v -> M^{-1} v, ``(B, *image)`` to the same.
         lowest: lambda_min(M), ``(B,)`` float64.
+        multiple: whether M is lowest times the identity.
     """
 
     inverse: Callable[[Tensor], Tensor]
     lowest: Tensor
+    multiple: bool = False
+
+    def squared_norm(self, v: Tensor) -> Tensor:
+        """<v, M^{-1} v> for v ``(B, *image)``, ``(B,)`` float64."""
+        if self.multiple:
+            return norm(v).double().square() / self.lowest
+        return inner(v, self.inverse(v)).double().clamp(min=0)
 
 
 class Linearization(abc.ABC):

@@ -41,6 +41,14 @@ def norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a.flatten(1), dim=1, dtype=torch.float64).to(a.dtype)
 
 
+def products(columns: Tensor, q: Tensor) -> Tensor:
+    """<c_ij, q_i> for columns c ``(B, n, *image)`` and q ``(B, *image)``, ``(B, n)``."""
+    columns, q = columns.flatten(2), q.flatten(1)
+    if q.device.type == "cpu" and len(q):  # the batched product is several times slower there
+        return torch.stack([c @ v for c, v in zip(columns, q, strict=True)])
+    return torch.bmm(columns, q.unsqueeze(2)).squeeze(2)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape ``(B,)`` values so that they broadcast against the ``(B, *image)`` tensor ``like``."""
     return values.reshape(values.shape[0], *([1] * (like.dim() - 1)))

@@ -65,6 +65,8 @@ def test_total_variation(shape, dtype, monkeypatch):
             "relative curvature": at.relative_curvature(radius, mu),
             "relative change": change.hessian,
             "energy": change.energy,
+            "columns": at.mixed_columns(),
+            "energy norms": at.mixed_energy_norms(),
             "rounding": regularizer.gradient_scale(x),
         }
 
@@ -99,7 +101,15 @@ def test_potentials(kind, dtype, monkeypatch):
     def everything():
         profile = regularizer.profile(z)
         slope, curvature = profile.slope_and_curvature(z)
-        return {"slope": slope, "alone": profile.slope(z), "curvature": curvature}
+        third, lowest = profile.change(z, u.abs())
+        return {
+            "slope": slope,
+            "alone": profile.slope(z),
+            "curvature": curvature,
+            "third": third,
+            "lowest": lowest,
+            **profile.mixed_vjp(z, u),
+        }
 
     assert_alike(*both_ways(everything, monkeypatch), dtype)
     if dtype == torch.float64:  # a difference of nearly equal numbers near 0

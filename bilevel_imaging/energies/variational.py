@@ -198,4 +198,6 @@ class VariationalProblem(LowerLevelProblem):
         if self.constants().strong_convexity is None or bool((lowest <= 0).any()):
             return None
         inverse = self.data.shifted_inverse(self.ridge)
-        return None if inverse is None else Metric(inverse, lowest)
+        diagonal = self.data.diagonal()
+        multiple = diagonal is not None and diagonal.numel() == 1
+        return None if inverse is None else Metric(inverse, lowest, multiple)

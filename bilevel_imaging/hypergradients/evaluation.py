@@ -12,7 +12,7 @@ from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import LinearSolution
-from bilevel_imaging.tensors import binary_scale, entries, inner, norm, per_sample
+from bilevel_imaging.tensors import binary_scale, entries, inner, norm, per_sample, products
 
 # relative rounding of the coefficients from which an energy norm was computed
 ENERGY_SLACK = 1e-2
@@ -129,7 +129,7 @@ def _gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     if point.columns is None:
         product = point.linearization.mixed_vjp(q)
         return {name: (-product[name] / batch).to(theta[name].dtype) for name in theta}
-    flat = -torch.einsum("bnd,bd->n", point.columns.flatten(2).double(), q.flatten(1).double()) / batch
+    flat = -products(point.columns.double(), q.double()).sum(0) / batch
     pieces = flat.split([p.numel() for p in theta.values()])
     return {name: g.reshape(p.shape).to(p.dtype) for (name, p), g in zip(theta.items(), pieces, strict=True)}
 
@@ -256,8 +256,8 @@ def _local(
 
 
 def _metric_bound(e: Estimate, m: Measurements, rounding: Tensor, mixed: Tensor) -> Bound:
-    point, inverse, lowest = e.point, e.point.metric.inverse, e.point.metric.lowest
-    residual_norm = inner(e.residual, inverse(e.residual)).double().clamp(min=0).sqrt() + rounding / lowest.sqrt()
+    point, lowest = e.point, e.point.metric.lowest
+    residual_norm = e.point.metric.squared_norm(e.residual).sqrt() + rounding / lowest.sqrt()
     return certificates.metric(
         m, point.metric_grad_norm, residual_norm, point.metric_mixed_norm, lowest, e.hessian, mixed
     )

@@ -20,7 +20,9 @@ def dual_norm(v: Tensor, strong_convexity: Tensor, metric: Metric | None) -> Ten
     plain = norm(v).double() / strong_convexity.sqrt()
     if metric is None:
         return plain
-    return torch.minimum(plain, inner(v, metric.inverse(v)).double().clamp(min=0).sqrt() * (1 + 1e-12))
+    if metric.multiple:
+        return torch.minimum(plain, plain * (strong_convexity / metric.lowest).sqrt())
+    return torch.minimum(plain, metric.squared_norm(v).sqrt() * (1 + 1e-12))
 
 
 class Point:
@@ -123,12 +125,13 @@ class Point:
     @cached_property
     def metric_grad_norm(self) -> Tensor:
         """||G||_{M^-1} with rounding, ``(B,)`` float64."""
-        size = inner(self.gradient, self.metric.inverse(self.gradient)).double().clamp(min=0).sqrt()
-        return size + self.rounding / self.metric.lowest.sqrt()
+        return self.metric.squared_norm(self.gradient).sqrt() + self.rounding / self.metric.lowest.sqrt()
 
     @cached_property
     def metric_mixed_norm(self) -> Tensor:
         """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64."""
+        if self.metric.multiple:
+            return self.mixed_norm / self.metric.lowest.sqrt()
         scaled = torch.stack([self.metric.inverse(column) for column in self.columns.unbind(1)], 1)
         gram = self.columns.flatten(2).double() @ scaled.flatten(2).double().transpose(1, 2)
         return torch.linalg.eigvalsh(0.5 * (gram + gram.transpose(1, 2)))[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
@@ -200,6 +203,11 @@ class Point:
         blocks, or ``None``, where there are no columns."""
         if self.columns is None:
             return self.linearization.mixed_block_norms(self.constants.strong_convexity)
-        norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
+        mu, metric = self.constants.strong_convexity.double(), self._energy_metric
+        if metric is None or metric.multiple:
+            lowest = mu if metric is None else torch.maximum(mu, metric.lowest)
+            norms = self.column_norms / lowest.sqrt().unsqueeze(1)
+        else:
+            norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
         own = self.linearization.mixed_energy_norms()
         return norms if own is None else torch.minimum(norms, own)

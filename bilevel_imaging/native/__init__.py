@@ -6,12 +6,21 @@ from bilevel_imaging.native.potentials import (
     AbsolutePotentials,
     Potentials,
     SplinePotentials,
+    change,
     derivatives,
     primal_dual,
     slope,
+    spline_sums,
 )
 from bilevel_imaging.native.stencils import Stencil, SystemStates
-from bilevel_imaging.native.total_variation import advance_dual, linearize, model_field, relative_change, slopes
+from bilevel_imaging.native.total_variation import (
+    advance_dual,
+    linearize,
+    model_field,
+    relative_change,
+    slopes,
+    smoothing_column,
+)
 from bilevel_imaging.native.updates import advance, inner
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "SystemStates",
     "advance",
     "advance_dual",
+    "change",
     "derivatives",
     "inner",
     "linearize",
@@ -33,4 +43,6 @@ __all__ = [
     "serves",
     "slope",
     "slopes",
+    "smoothing_column",
+    "spline_sums",
 ]

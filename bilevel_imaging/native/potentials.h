@@ -97,3 +97,90 @@ void NAME(absolute_primal_dual)(
     OVER_RESPONSES(NAME(absolute_at))
 }
 #undef OVER_RESPONSES
+
+/* sup |psi'''| and inf psi'' over [t - reach, t + reach]. */
+static inline void NAME(spline_change_at)(
+    const NAME(Spline) *s, REAL length, const REAL *limits, REAL t, REAL reach, int64_t k, REAL *third, REAL *lowest
+) {
+    const int stride = (int)(s->filters * (s->knots + 1)), n = (int)s->knots, own = (int)k * (n + 1);
+    const REAL size = t < 0 ? -t : t, low = size > reach ? size - reach : 0, high = size + reach;
+    const REAL from = n * SQRT(low * s->reciprocal_reach), to = n * SQRT(high * s->reciprocal_reach);
+    const int first = from < n ? (int)from : n, last = to < n ? (int)to : n;
+    const REAL *square = s->tables + 2 * stride + own, *cubic = s->tables + 3 * stride + own;
+    const REAL d0 = 6 * cubic[first], d1 = 6 * cubic[last], c1 = 2 * square[last];
+    const REAL start = 2 * square[first] + d0 * low, end = c1 + d1 * high, part = (REAL)last / n;
+    const REAL knot = c1 + d1 * length * part * part; /* where the last piece begins */
+    const REAL a0 = d0 < 0 ? -d0 : d0, a1 = d1 < 0 ? -d1 : d1;
+    REAL least = start < end ? start : end;
+    least = last > first && knot < least ? knot : least;
+    const int far = last > first + 1;
+    const REAL most = far ? limits[k] : a0 > a1 ? a0 : a1;
+    *third = high < INFINITY ? most : INFINITY; /* so that NaN shows */
+    *lowest = far || least < 0 ? 0 : least;
+}
+
+static inline void NAME(absolute_change_at)(
+    const NAME(Absolute) *s, REAL peak, REAL t, REAL reach, int64_t k, REAL *third, REAL *lowest
+) {
+    const REAL nu = s->nu[k], nu2 = nu * nu, size = t < 0 ? -t : t, low = size > reach ? size - reach : 0;
+    const REAL high = size + reach;
+    REAL at = peak * nu > low ? peak * nu : low;
+    at = at < high ? at : high;
+    const REAL one = 1 / SQRT(at * at + nu2), two = 1 / SQRT(high * high + nu2), one2 = one * one;
+    const REAL most = s->weight[k] * 3 * nu2 * at * one2 * one2 * one;
+    *third = high < INFINITY ? most : INFINITY;
+    *lowest = s->weight[k] * nu2 * two * two * two;
+}
+
+void NAME(spline_change)(
+    const REAL *restrict z, const REAL *restrict reach, const REAL *tables, REAL reciprocal_reach, int64_t knots,
+    const REAL *limits, REAL *restrict third, REAL *restrict lowest, int64_t count, int64_t filters, int threads
+) {
+    const NAME(Spline) s = {tables, reciprocal_reach, knots, filters};
+    const REAL length = 1 / reciprocal_reach;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < count; row++)
+#pragma omp simd
+        for (int64_t k = 0; k < filters; k++) {
+            const int64_t i = row * filters + k;
+            REAL a, b;
+            NAME(spline_change_at)(&s, length, limits, z[i], reach[i], k, &a, &b);
+            third[i] = a;
+            lowest[i] = b;
+        }
+}
+
+void NAME(absolute_change)(
+    const REAL *restrict z, const REAL *restrict reach, const REAL *weight, const REAL *nu, const REAL *peak,
+    REAL *restrict third, REAL *restrict lowest, int64_t count, int64_t filters, int threads
+) {
+    const NAME(Absolute) s = {weight, nu};
+    const REAL at = *peak;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < count; row++)
+#pragma omp simd
+        for (int64_t k = 0; k < filters; k++) {
+            const int64_t i = row * filters + k;
+            REAL a, b;
+            NAME(absolute_change_at)(&s, at, z[i], reach[i], k, &a, &b);
+            third[i] = a;
+            lowest[i] = b;
+        }
+}
+
+/* sums[order - 1][k][piece] += order |t|^(order - 1) sign(t) g for order 1, 2, 3: the derivative of sum psi'(t) g in the
+   coefficients of the splines. */
+void NAME(spline_sums)(
+    const REAL *z, const REAL *g, REAL reciprocal_reach, int64_t knots, double *sums, int64_t count, int64_t filters
+) {
+    const int64_t stride = filters * (knots + 1);
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t k = 0; k < filters; k++) {
+            const REAL t = z[row * filters + k], size = t < 0 ? -t : t, place = knots * SQRT(size * reciprocal_reach);
+            double *at = sums + k * (knots + 1) + (place < knots ? (int64_t)place : knots);
+            const double odd = t > 0 ? g[row * filters + k] : t < 0 ? -g[row * filters + k] : 0 * t, length = size;
+            at[0] += odd;
+            at[stride] += 2 * odd * length;
+            at[2 * stride] += 3 * odd * length * length;
+        }
+}

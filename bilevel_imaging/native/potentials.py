@@ -88,5 +88,34 @@ def primal_dual(potentials: Potentials, z: Tensor, u: Tensor, c: Tensor, out: Te
     kernel(pointer(z), pointer(u), *potentials.arguments, pointer(c), pointer(out), *_sizes(z), threads())
 
 
+def change(potentials: Potentials, z: Tensor, reach: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest third and smallest second derivative over [z - reach, z + reach], for z and reach ``(..., K)``.
+
+    The former is inf where something is not finite.
+
+    Args:
+        potentials: which.
+        z: responses.
+        reach: their largest change.
+        extra: largest third derivatives of splines ``(K,)``, or where that of phi is in units of nu, ``()``.
+    """
+    z, reach = z.contiguous(), reach.contiguous()
+    third, lowest = torch.empty_like(z), torch.empty_like(z)
+    kernel = function(f"{potentials.kind}_change", z.dtype)
+    outputs = (pointer(third), pointer(lowest))
+    kernel(pointer(z), pointer(reach), *potentials.arguments, pointer(extra), *outputs, *_sizes(z), threads())
+    return third, lowest
+
+
+def spline_sums(potentials: SplinePotentials, z: Tensor, g: Tensor) -> Tensor:
+    """sum over responses of order |z|^(order - 1) sign(z) g by order 1, 2, 3, filter and piece, float64
+    ``(3, K, n + 1)``."""
+    z, g = z.contiguous(), g.contiguous()
+    sums = torch.zeros((3, *potentials.tables.shape[1:]), dtype=torch.float64)
+    kernel = function("spline_sums", z.dtype)
+    kernel(pointer(z), pointer(g), *potentials.arguments[1:], pointer(sums), *_sizes(z))
+    return sums
+
+
 def _sizes(z: Tensor) -> tuple[ctypes.c_int64, ...]:
     return integers(z.numel() // z.shape[-1] if z.shape[-1] else 0, z.shape[-1])

@@ -290,3 +290,41 @@ void NAME(tv_directional)(
         free(third);
     }
 }
+
+/* The column of J of the logarithm of the smoothing, weight D^T (-nu^2 n / s^2), sample i at `column + i * apart_samples`,
+   and sum |z|^2 s / nu^2 and sum |z|^2 nu^2 / s^3 over all pixels, z = n s. */
+void NAME(tv_smoothing_column)(
+    const REAL *unit, int64_t apart, const REAL *reciprocal, REAL weight, REAL smoothing, REAL *column,
+    int64_t apart_samples, double *weight_energy, double *smoothing_energy, int64_t count, int64_t rows, int64_t height,
+    int64_t width, int threads
+) {
+    const REAL nu2 = smoothing * smoothing;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++) {
+        REAL *work = malloc(3 * width * sizeof(REAL)), *right = work + 2 * width;
+        double first = 0, second = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t at = (i * rows + row) * width;
+            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
+            REAL *restrict down = work + (row & 1) * width, *restrict above = work + (1 - (row & 1)) * width;
+            REAL *restrict out = column + i * apart_samples + row * width;
+            if (row % height == 0) memset(above, 0, width * sizeof(REAL));
+            REAL first_row = 0, second_row = 0;
+#pragma omp simd reduction(+ : first_row, second_row)
+            for (int64_t j = 0; j < width; j++) {
+                const REAL one = inverse[j], square = n0[j] * n0[j] + n1[j] * n1[j], factor = -weight * nu2 * one * one;
+                right[j] = factor * n0[j];
+                down[j] = factor * n1[j];
+                first_row += square / (one * one * one);
+                second_row += square * one;
+            }
+            first += first_row;
+            second += second_row;
+            out[0] = above[0] - right[0] - down[0];
+            for (int64_t j = 1; j < width; j++) out[j] = right[j - 1] - right[j] + above[j] - down[j];
+        }
+        weight_energy[i] = first / nu2;
+        smoothing_energy[i] = second * nu2;
+        free(work);
+    }
+}

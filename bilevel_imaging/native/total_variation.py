@@ -73,6 +73,29 @@ def advance_dual(d: Tensor, step: Tensor, unit: Tensor, dual: Tensor, reciprocal
     return out
 
 
+def smoothing_column(
+    unit: Tensor, reciprocal: Tensor, weight: float, smoothing: float, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the column of J of log smoothing to ``column`` ``(B, C, H, W)``, of contiguous samples; returns
+    sum |z|^2 s / nu^2 and sum |z|^2 nu^2 / s^3 with z = Dx, float64 ``(B,)``; see :func:`linearize`."""
+    unit, reciprocal = unit.contiguous(), reciprocal.contiguous()
+    batch, channels, height, width = unit.shape[1:]
+    sums = torch.empty((2, batch), dtype=torch.float64)
+    kernel = function("tv_smoothing_column", unit.dtype)
+    kernel(
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(reciprocal),
+        *_reals(unit.dtype, weight, smoothing),
+        pointer(column),
+        *integers(column.stride(0)),
+        *(pointer(row) for row in sums),
+        *integers(batch, channels * height, height, width),
+        threads(),
+    )
+    return sums[0], sums[1]
+
+
 @dataclass(frozen=True)
 class Slopes:
     """Euclidean bounds along q, of TV with weight 1; all ``(B,)`` float64.

@@ -126,9 +126,19 @@ class Profile(abc.ABC):
         c = torch.minimum(torch.maximum(c, curvature), most)
         return torch.where(c.isfinite(), c, curvature), slope
 
-    @abc.abstractmethod
     def change(self, z: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         """sup |psi'''| and inf psi'' over [z - reach, z + reach]."""
+        if self._is_compiled(z):
+            return native.change(self.compiled, z, reach.expand_as(z), self._change_extra.to(z))
+        return self._change(z, reach)
+
+    @property
+    def _change_extra(self) -> Tensor:
+        """What ``native.change`` needs besides."""
+        return self.third_limit
+
+    @abc.abstractmethod
+    def _change(self, z: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]: ...
 
     @abc.abstractmethod
     def blocks(self, z: Tensor, slope: Tensor, curvature: Tensor) -> list[Block]:
@@ -236,8 +246,12 @@ class ScaledFamily(Profile):
         slope, curvature = slope.mul_(self.weight), curvature.mul_(self.weight)
         return (slope if self.tilt is None else slope.add_(self.tilt)), curvature
 
+    @property
+    def _change_extra(self) -> Tensor:
+        return torch.tensor(self.family.peak)
+
     @blockwise
-    def change(self, z: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    def _change(self, z: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
         size = z.abs()
         low, high = (size - reach).clamp_(min=0), size + reach
         at = torch.minimum(torch.maximum(self.family.peak * self.nu, low), high)

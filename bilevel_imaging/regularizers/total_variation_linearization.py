@@ -97,6 +97,8 @@ class TotalVariationLinearization(Linearization):
         return products
 
     def mixed_columns(self) -> Tensor:
+        if len(self.regularizer.trainable()) == 2 and self._is_native(self.unit):
+            return self._native_columns[0]
         columns = []
         if self.regularizer.log_weight.requires_grad:
             columns.append(self.grad)
@@ -161,6 +163,15 @@ class TotalVariationLinearization(Linearization):
             row_norm=self.regularizer.row_norm,
             q=q,
         )
+
+    @cached_property
+    def _native_columns(self) -> tuple[Tensor, Tensor]:
+        """Both columns, and the sums behind ``mixed_energy_norms``."""
+        columns = self.grad.new_empty((self.shape[0], 2, *self.shape[1:]))
+        columns[:, 0] = self.grad
+        weight, smoothing = float(self.weight), float(self.smoothing)
+        sums = native.smoothing_column(self.unit, self.reciprocal, weight, smoothing, columns[:, 1])
+        return columns, torch.stack(sums, 1)
 
     def _lengths(self, z: Tensor) -> Tensor:
         """Length of what is under one root."""
@@ -242,9 +253,11 @@ class TotalVariationLinearization(Linearization):
     def mixed_energy_norms(self) -> Tensor:
         """||D^T p||_{H^-1}^2 <= sum <p, (weight D^2 phi)^-1 p>: for log nu that is weight sum |z|^2 nu^2 / s^3, for the
         weight weight sum |z|^2 s / nu^2."""
+        trainable, nu = self.regularizer.trainable(), self.smoothing.double()
+        if len(trainable) == 2 and self._is_native(self.unit):
+            return (self.weight.double() * self._native_columns[1]).sqrt() * (1 + 1e-4)
         length2 = self._group_double(self.unit / self.reciprocal)
         r = self.reciprocal.double()
-        trainable, nu = self.regularizer.trainable(), self.smoothing.double()
         terms = []
         if "log_weight" in trainable:
             terms.append(length2 / (r * nu**2))
