@@ -56,6 +56,7 @@ def test_total_variation(shape, dtype, monkeypatch):
         directional, change = at.directional(q, 0.1 * radius), at.local_change(q, radius, mu)
         return {
             "gradient": at.grad,
+            "gradient alone": regularizer.grad(x),
             "unit": at.unit,
             "product": at.hvp(q),
             "model": model.hvp(q),
@@ -201,6 +202,21 @@ def test_threads_and_batches_change_nothing(batch):
     alone = ConjugateGradient().solve(at.subset(torch.tensor([0])), rhs[:1], 1e-4).q
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert torch.equal(results[0][:1], alone)
+
+
+@torch.no_grad()
+def test_threads_share_the_rows_of_one_image():
+    regularizer, x = bi.TotalVariation(0.1, 0.03), photograph((1, 1, 7, 23), torch.float64)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 9):
+            torch.set_num_threads(count)
+            results.append((regularizer.grad(x), regularizer.linearize(x).hvp(x)))
+    finally:
+        torch.set_num_threads(threads)
+    for gradient, product in results[1:]:
+        assert torch.equal(gradient, results[0][0]) and torch.equal(product, results[0][1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

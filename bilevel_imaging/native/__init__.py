@@ -15,6 +15,7 @@ from bilevel_imaging.native.potentials import (
 from bilevel_imaging.native.stencils import Stencil, SystemStates
 from bilevel_imaging.native.total_variation import (
     advance_dual,
+    gradient,
     linearize,
     model_field,
     relative_change,
@@ -34,6 +35,7 @@ __all__ = [
     "advance_dual",
     "change",
     "derivatives",
+    "gradient",
     "inner",
     "linearize",
     "model_field",

@@ -10,19 +10,6 @@ typedef struct {
     int64_t rows, height, width;
 } NAME(Stencil);
 
-/* Vertical part of M D p on one row, which the row below needs. */
-static void NAME(vertical)(const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict down) {
-    const int64_t w = s->width, at = row * w;
-    const REAL *restrict b = s->b + at, *restrict c = s->c + at, *restrict here = p + at;
-    if (row % s->height == s->height - 1) { /* b is 0 here, and so is the difference */
-        memset(down, 0, w * sizeof(REAL));
-        return;
-    }
-    const REAL *restrict below = here + w;
-    for (int64_t j = 0; j < w - 1; j++) down[j] = b[j] * (here[j + 1] - here[j]) + c[j] * (below[j] - here[j]);
-    down[w - 1] = c[w - 1] * (below[w - 1] - here[w - 1]);
-}
-
 /* Row `row` of (diag(d) + D^T M D) p, into z; returns <p, z> on it. `above` holds the vertical part of the row above and
    is replaced by that of this row; `right` is scratch of width + 1. */
 static REAL NAME(row_product)(
@@ -73,6 +60,12 @@ static REAL NAME(row_product)(
     return total;
 }
 
+/* The vertical part of row `row` alone, into `above`, by the same code: the same bits whoever computes it. `work` is
+   scratch of 2 * width + 1. */
+static void NAME(vertical)(const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *above, REAL *work) {
+    NAME(row_product)(s, p, row, work - row * s->width, above, work + s->width);
+}
+
 /* z = (diag(d) + D^T M D) p for `count` samples; sample i of every field starts at i * rows * width. */
 void NAME(stencil_product)(
     const REAL *p, const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, REAL *z,
@@ -86,8 +79,8 @@ void NAME(stencil_product)(
         const int64_t from = rows * part / blocks_each, to = rows * (part + 1) / blocks_each;
         const NAME(Stencil) s = {
             a + start, b + start, c + start, diagonal ? diagonal + start : NULL, constant, rows, height, width};
-        REAL *work = malloc((2 * width + 1) * sizeof(REAL));
-        if (from < to && from > 0) NAME(vertical)(&s, p + start, from - 1, work);
+        REAL *work = malloc((3 * width + 1) * sizeof(REAL));
+        if (from < to && from > 0) NAME(vertical)(&s, p + start, from - 1, work, work + width);
         for (int64_t row = from; row < to; row++)
             NAME(row_product)(&s, p + start, row, z + start, work, work + width);
         free(work);
@@ -121,7 +114,7 @@ static void NAME(solve_one)(
         }
         if (pending && from < to)
             for (int64_t i = from * w; i < (from + 1) * w; i++) p[i] = r[i] + beta * p[i];
-        if (from < to && from > 0) NAME(vertical)(s, p, from - 1, work);
+        if (from < to && from > 0) NAME(vertical)(s, p, from - 1, work, work + w);
         for (int64_t row = from; row < to; row++) {
             if (pending && row + 1 < to) {
                 REAL *restrict next = p + (row + 1) * w;
@@ -184,7 +177,7 @@ void NAME(stencil_solve)(
     if (count >= threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            REAL *z = malloc((size + 2 * width + 1) * sizeof(REAL));
+            REAL *z = malloc((size + 3 * width + 1) * sizeof(REAL));
             double *sums = malloc(2 * rows * sizeof(double));
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count; i++) {
@@ -202,7 +195,7 @@ void NAME(stencil_solve)(
     double *sums = malloc(2 * rows * sizeof(double));
 #pragma omp parallel num_threads(threads)
     {
-        REAL *work = malloc((2 * width + 1) * sizeof(REAL));
+        REAL *work = malloc((3 * width + 1) * sizeof(REAL));
         for (int64_t i = 0; i < count; i++) {
             const int64_t at = i * size;
             const NAME(Stencil) s = {

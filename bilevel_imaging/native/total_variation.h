@@ -328,3 +328,41 @@ void NAME(tv_smoothing_column)(
         free(work);
     }
 }
+
+/* The gradient weight D^T n alone, n = Dx / s: one pass over x. */
+void NAME(tv_gradient)(
+    const REAL *x, REAL weight, REAL smoothing, REAL *grad, int64_t planes, int64_t height, int64_t width, int threads
+) {
+    const int64_t blocks_each = planes >= threads ? 1 : (threads + planes - 1) / planes;
+    const REAL floor = smoothing * smoothing;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < planes * blocks_each; block++) {
+        const int64_t plane = block / blocks_each, part = block % blocks_each;
+        const int64_t from = height * part / blocks_each, to = height * (part + 1) / blocks_each;
+        REAL *work = calloc(4 * width + 1, sizeof(REAL));
+        REAL *restrict right = work, *restrict root = work + width + 1; /* right[j + 1] belongs to pixel j */
+        for (int64_t row = from > 0 ? from - 1 : 0; row < to; row++) { /* the row above the block for its differences */
+            const int64_t at = (plane * height + row) * width;
+            const REAL *restrict here = x + at, *restrict below = here + (row < height - 1 ? width : 0);
+            REAL *restrict down = root + (1 + (row & 1)) * width, *restrict above = root + (2 - (row & 1)) * width;
+            REAL *restrict out = grad + at;
+            for (int64_t j = 0; j < width - 1; j++) {
+                const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
+                right[j + 1] = dx;
+                down[j] = dy;
+                root[j] = dx * dx + dy * dy + floor;
+            }
+            down[width - 1] = below[width - 1] - here[width - 1];
+            root[width - 1] = down[width - 1] * down[width - 1] + floor;
+            right[width] = 0;
+            NAME(inverse_roots)(root, weight, width);
+            for (int64_t j = 0; j < width; j++) {
+                right[j + 1] *= root[j];
+                down[j] *= root[j];
+            }
+            if (row >= from)
+                for (int64_t j = 0; j < width; j++) out[j] = above[j] - down[j] + right[j] - right[j + 1];
+        }
+        free(work);
+    }
+}

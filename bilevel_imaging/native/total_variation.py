@@ -31,6 +31,16 @@ def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tenso
     return unit, reciprocal, grad
 
 
+def gradient(x: Tensor, weight: float, smoothing: float) -> Tensor:
+    """The gradient alone, weight D^T (Dx / s), at x ``(B, C, H, W)``."""
+    x = x.contiguous()
+    grad = torch.empty_like(x)
+    kernel = function("tv_gradient", x.dtype)
+    sizes = integers(x.shape[0] * x.shape[1], *x.shape[-2:])
+    kernel(pointer(x), *_reals(x.dtype, weight, smoothing), pointer(grad), *sizes, threads())
+    return grad
+
+
 def model_field(unit: Tensor, dual: Tensor, reciprocal: Tensor, weight: float) -> Tensor:
     """M = weight (I - (u n^T + n u^T) / 2) / s as ``Stencil.field``, for fields n = ``unit`` and u = ``dual``,
     ``(2, B, C, H, W)``, that are 0 where Dx is."""
