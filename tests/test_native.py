@@ -107,6 +107,7 @@ def test_potentials(kind, dtype, monkeypatch):
             "slope": slope,
             "alone": profile.slope(z),
             "curvature": curvature,
+            "total": profile.total(z),
             "third": third,
             "lowest": lowest,
             **profile.mixed_vjp(z, u),

@@ -22,10 +22,11 @@ _REASONS = ("running", "converged", "max_iter", "stagnated", "not finite")
 _LARGEST_FORCING = 0.1
 # The Newton residual need not be smaller than this fraction of the final gradient norm.
 _OVERSOLVE = 0.5
-# A trial past the minimum along the line is accepted only while the slope is below this fraction of the first one ...
-_SLOPE_FRACTION = 0.5
-# ... and the gradient norm is below this fraction of the smallest one so far, or the energy has not increased.
-_RECORD_FRACTION = 0.9
+# A trial past the minimum along the line is accepted while the slope is below this fraction of the first one and the
+# gradient norm is below that fraction of the smallest one so far, or the energy has not increased ...
+_SLOPE_FRACTION, _RECORD_FRACTION = 0.5, 0.9
+# ... or, however far past, if the energy has fallen by this fraction of what the slope promised (Armijo's rule).
+_SUFFICIENT = 1e-4
 _MAX_TRIALS = 12
 # A rejected trial step is multiplied by something between these, and by the first of them once half of the trials
 # are used up: the last ones reach 1e-6 of the step.
@@ -81,8 +82,9 @@ class NewtonCG(LowerSolver):
     eta = min(1/10, sqrt(||G|| / ||G_0||)) (forcing terms: Dembo, Eisenstat & Steihaug 1982). The line search looks at
     slopes <G(x + t d), d> rather than energies, which in float32 are below rounding long before the end: a trial with
     a slope <= 0 has decreased a convex energy for certain. Other trials must lower the smallest gradient norm so far
-    by a fixed factor, which can happen finitely often only, or not increase the energy; failing that, the slopes
-    bracket the minimum along the line.
+    by a fixed factor, which can happen finitely often only, or not increase the energy, or decrease it enough where
+    they are far past the minimum along the line; failing that, the slopes bracket it. Full steps far past it pay with
+    the models of total variation and filters, which are majorizers at the start.
 
     Where the energy has no known strong convexity constant, the stopping rule uses the smallest curvature
     <d, H d> / ||d||^2 along the Newton directions instead. That is an estimate from above: ``converged`` then is a
@@ -222,7 +224,7 @@ def _line_search(
     that no trial satisfies keep their point and are marked stagnated: down to the last trial, the slopes contradict
     the direction of descent, which is rounding.
     """
-    x = state.x
+    x, before = state.x, None
     t = torch.where(running, torch.ones_like(slope), 0.0)
     waiting = running
     for trial in range(_MAX_TRIALS):
@@ -231,11 +233,14 @@ def _line_search(
         size = norm(linearization.grad)
         new_slope = inner(linearization.grad, d)
         fits = new_slope <= 0
-        near = waiting & ~fits & (new_slope <= _SLOPE_FRACTION * slope.abs())
+        past = waiting & (new_slope > 0)  # False where that is NaN
+        near = past & (new_slope <= _SLOPE_FRACTION * slope.abs())
         near_record = near & (size <= _RECORD_FRACTION * state.best_size)
         fits = fits | near_record
-        if bool((near & ~near_record).any()):
-            fits = fits | (near & (problem.value(point) <= problem.value(x)))
+        if bool((past & ~near_record).any()):
+            before = problem.value(x) if before is None else before
+            enough = _SUFFICIENT * t * slope.abs() + _ENERGY_UNITS * torch.finfo(x.dtype).eps * before.abs()
+            fits = fits | (past & (problem.value(point) <= before - torch.where(near, 0.0, enough)))
         waiting = waiting & ~fits
         if not bool(waiting.any()):
             break

@@ -11,6 +11,7 @@ from bilevel_imaging.native.potentials import (
     primal_dual,
     slope,
     spline_sums,
+    total,
 )
 from bilevel_imaging.native.stencils import Stencil, SystemStates
 from bilevel_imaging.native.total_variation import (
@@ -47,4 +48,5 @@ __all__ = [
     "slopes",
     "smoothing_column",
     "spline_sums",
+    "total",
 ]

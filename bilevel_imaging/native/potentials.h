@@ -184,3 +184,46 @@ void NAME(spline_sums)(
             at[2 * stride] += 3 * odd * length * length;
         }
 }
+
+/* Sums of psi over `size` rows of responses for each of `count` samples. */
+void NAME(spline_total)(
+    const REAL *z, const REAL *tables, REAL reciprocal_reach, int64_t knots, double *totals, int64_t count, int64_t size,
+    int64_t filters, int threads
+) {
+    const int stride = (int)(filters * (knots + 1)), n = (int)knots;
+    double *sums = malloc(count * size * sizeof(double)); /* added up in order, whoever computed them */
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < count * size; row++) {
+        REAL total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t k = 0; k < filters; k++) {
+            const REAL t = z[row * filters + k], length = t < 0 ? -t : t, place = n * SQRT(length * reciprocal_reach);
+            const int piece = (place < n ? (int)place : n) + (int)k * (n + 1);
+            const REAL high = tables[2 * stride + piece] + length * tables[3 * stride + piece];
+            total += tables[piece] + length * (tables[stride + piece] + length * high);
+        }
+        sums[row] = total;
+    }
+    for (int64_t i = 0; i < count; i++) totals[i] = sum(sums + i * size, size);
+    free(sums);
+}
+
+void NAME(absolute_total)(
+    const REAL *z, const REAL *weight, const REAL *nu, double *totals, int64_t count, int64_t size, int64_t filters,
+    int threads
+) {
+    double *sums = malloc(count * size * sizeof(double));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < count * size; row++) {
+        REAL total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t k = 0; k < filters; k++) {
+            const REAL square = z[row * filters + k] * z[row * filters + k];
+            /* sqrt(t^2 + nu^2) - nu without a difference */
+            total += weight[k] * square / (SQRT(square + nu[k] * nu[k]) + nu[k]);
+        }
+        sums[row] = total;
+    }
+    for (int64_t i = 0; i < count; i++) totals[i] = sum(sums + i * size, size);
+    free(sums);
+}

@@ -80,6 +80,16 @@ def slope(potentials: Potentials, z: Tensor) -> Tensor:
     return out
 
 
+def total(potentials: Potentials, z: Tensor) -> Tensor:
+    """Sums of psi(z) by sample, for responses ``(B, ..., K)``, float64 ``(B,)``."""
+    z = z.contiguous()
+    totals = torch.empty(len(z), dtype=torch.float64)
+    kernel = function(f"{potentials.kind}_total", z.dtype)
+    sizes = integers(len(z), z[0].numel() // z.shape[-1], z.shape[-1])
+    kernel(pointer(z), *potentials.arguments, pointer(totals), *sizes, threads())
+    return totals
+
+
 def primal_dual(potentials: Potentials, z: Tensor, u: Tensor, c: Tensor, out: Tensor) -> None:
     """c and psi'(z) of the primal-dual Newton model into ``c`` and ``out``, contiguous; see
     ``regularizers.profiles.Profile.primal_dual``."""

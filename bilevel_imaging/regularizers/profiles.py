@@ -86,6 +86,12 @@ class Profile(abc.ABC):
     def value(self, z: Tensor) -> Tensor:
         """psi(z)."""
 
+    def total(self, z: Tensor) -> Tensor:
+        """Sums of psi(z) by sample, ``(B, ..., K)`` to ``(B,)``."""
+        if self._is_compiled(z):
+            return native.total(self.compiled, z).to(z.dtype)
+        return self.value(z).flatten(1).sum(1)
+
     def slope_and_curvature(self, z: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """psi'(z) and psi''(z), new tensors; the latter is written to ``curvature`` where that is given."""
         if self._is_compiled(z) and (curvature is None or curvature.is_contiguous()):

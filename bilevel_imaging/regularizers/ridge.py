@@ -169,11 +169,11 @@ class RidgeRegularizer(Regularizer):
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled():
             bank, profile = self._bank(x), self.profile(x)
-            return profile.value(bank.apply(x)).flatten(1).sum(1)
+            return profile.total(bank.apply(x))
         bank, profile = self.frozen(x)
         values = x.new_zeros(len(x) * bank.planes)
         for (images, _), z in bank.responses(x):
-            values[images] += profile.value(z).flatten(1).sum(1)
+            values[images] += profile.total(z)
         return values.view(len(x), -1).sum(1)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
