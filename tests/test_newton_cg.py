@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
+import deepinv
 import pytest
 import torch
 from torch import Tensor
 
+import bilevel_imaging as bi
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
@@ -17,9 +20,6 @@ from bilevel_imaging.tensors import norm
 
 F32, F64 = torch.float32, torch.float64
 WEIGHT = 0.1
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def difference(x: Tensor) -> Tensor:
@@ -153,6 +153,7 @@ def test_distance_bound_holds():
         assert (distance <= solution.distance_bound + 1e-11).all() and (solution.distance_bound <= tol).all()
 
 
+@pytest.mark.slow
 def test_very_small_smoothing():
     problem = SmoothedTV(noisy_blocks(size=16), 1e-5)
     check(problem, NewtonCG(max_iter=500).solve(problem, None, 1e-4), 1e-4)
@@ -295,3 +296,16 @@ def test_misuse():
         NewtonCG().solve(problem, problem.y[:1], 1e-3)
     with pytest.raises(ValueError, match="error_tol"):
         NewtonCG().solve(problem, None, -1.0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_full_steps_that_lower_the_energy_are_taken(dtype: torch.dtype) -> None:
+    """Learned filters and a noisy start: the first full steps end far past the minimum along the line, and pay."""
+    folder = Path(__file__).parents[1] / "data" / "pretrained"
+    energy = bi.VariationalEnergy(bi.load_regularizer(folder / "convex_ridge_sigma25.safetensors"))
+    photograph = next(iter(bi.data.photographs().values()))[:, 100:148, 100:148][None].to(dtype)
+    noise = torch.randn(photograph.shape, generator=torch.Generator().manual_seed(0), dtype=F64).to(dtype)
+    problem = energy.bind(photograph + 25 / 255 * noise, deepinv.physics.Denoising())
+    solution = NewtonCG().solve(problem, None, 1e-3 * float(photograph.norm()))
+    assert bool(solution.converged.all())
+    assert problem.cost.gradients <= int(solution.iterations[0]) + 3
