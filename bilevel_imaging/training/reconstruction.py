@@ -74,7 +74,7 @@ def minimize(
         error_tol = PIXEL_ACCURACY * start[0].numel() ** 0.5
     wanted = as_per_sample(error_tol, start.double(), "error_tol")
     # Half of it, because the certificate adds a bound of the rounding errors to what the solver measures.
-    solution = solver.solve(problem, start, (0.5 * wanted).to(start.dtype))
+    solution = solver.solve(problem, x0, (0.5 * wanted).to(start.dtype))
     x, iterations, reasons = solution.x, solution.iterations, solution.reason
     exact = problem.double() or problem
     bound = certified_distance(exact, x)
