@@ -1,19 +1,22 @@
 """Benchmarks: our methods and what else there is, side by side in one run.
 
-python scripts/benchmark.py hypergradient [--json PATH]   # time to a hypergradient of known error
+python scripts/benchmark.py hypergradient [--workloads W1 W2 ...] [--peers all|none|NAMES] [--json PATH]
+python scripts/benchmark.py kernels [--json PATH]         # against the bandwidth of copying and the convolution library
 python scripts/benchmark.py certainty [--json PATH]       # work of a certified one beside an oracle's
+
+Other libraries: pip install -e ".[peers]"; those that are missing are skipped and named.
 """
 
 import argparse
 import json
-from dataclasses import fields
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bilevel_imaging.experiments import certainty, hypergradient_benchmark
-from bilevel_imaging.kernels import compile_kernels
+from bilevel_imaging.experiments import benchmark, certainty, kernel_rates
+from bilevel_imaging.experiments.benchmark.peers.jaxopt import one_thread
 
 
 def parse() -> argparse.Namespace:
@@ -22,37 +25,64 @@ def parse() -> argparse.Namespace:
     common.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     common.add_argument("--json", type=Path, help="also write the record here")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    workloads = parser.add_subparsers(dest="workload", required=True, help="what to measure")
-    timed = workloads.add_parser("hypergradient", parents=[common], help="time to a hypergradient of known error")
-    timed.add_argument("--repeats", type=int, default=7, help="timed repeats (default: %(default)s)")
-    timed.add_argument("--compile", action="store_true", help="use compiled kernels (compile time not counted)")
-    for f in fields(hypergradient_benchmark.Workload):
-        timed.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help="(default: %(default)s)")
-    workloads.add_parser("certainty", parents=[common], help="work of a certified hypergradient beside an oracle's")
+    kinds = parser.add_subparsers(dest="kind", required=True, help="what to measure")
+    timed = kinds.add_parser("hypergradient", parents=[common], help="time to a hypergradient of known error")
+    names, peers = list(benchmark.WORKLOADS), list(benchmark.ADAPTERS)
+    about = "; ".join(f"{name}: {w.title}" for name, w in benchmark.WORKLOADS.items())
+    timed.add_argument("--workloads", nargs="+", choices=names, default=["W1"], metavar="NAME", help=about)
+    timed.add_argument("--peers", nargs="+", choices=["all", "none", *peers], default=["all"], metavar="NAME")
+    timed.add_argument("--levels", nargs="+", type=float, default=list(benchmark.LEVELS), help="relative errors")
+    timed.add_argument("--repeats", type=int, default=5, help="timed repeats (default: %(default)s)")
+    timed.add_argument("--cap", type=float, default=10.0, help="CPU seconds of a call at most (default: %(default)s)")
+    timed.add_argument("--images", type=int, help="only so many images of a workload, for a quick look")
+    timed.add_argument("--compile", action="store_true", help="measure our compiled kernels, too")
+    timed.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    rates = kinds.add_parser("kernels", parents=[common], help="how close the kernels come to what the machine can do")
+    rates.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    kinds.add_parser("certainty", parents=[common], help="work of a certified hypergradient beside an oracle's")
     return parser.parse_args()
 
 
-def hypergradient(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Record and table of the timings."""
-    compile_kernels(arguments.compile)
-    names = [f.name for f in fields(hypergradient_benchmark.Workload)]
-    workload = hypergradient_benchmark.Workload(**{name: getattr(arguments, name) for name in names})
-    record = hypergradient_benchmark.run(workload, repeats=arguments.repeats)
-    return record, hypergradient_benchmark.table(record)
+def hypergradient(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Record of the timings."""
+    if arguments.threads == 1:
+        one_thread()
+    peers = [name for name in benchmark.ADAPTERS if "all" in arguments.peers or name in arguments.peers]
+    return benchmark.run(
+        arguments.workloads,
+        peers,
+        levels=sorted(arguments.levels, reverse=True),
+        images=arguments.images,
+        repeats=arguments.repeats,
+        cap=arguments.cap,
+        compiled=arguments.compile,
+        device=arguments.device,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+        keep=lambda record: save(record, arguments.json),
+    )
+
+
+def save(record: dict[str, Any], path: Path | None) -> None:
+    """Write the record where it was asked for."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    if arguments.workload == "hypergradient":
-        record, table = hypergradient(arguments)
+    if arguments.kind == "hypergradient":
+        record = hypergradient(arguments)
+        table = benchmark.table(record)
+    elif arguments.kind == "kernels":
+        record = kernel_rates.run(arguments.device)
+        table = kernel_rates.table(record)
     else:
         record = certainty.run()
         table = certainty.table(record)
     print(table)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    save(record, arguments.json)
 
 
 if __name__ == "__main__":

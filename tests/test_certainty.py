@@ -14,7 +14,7 @@ import sweep
 import torch
 from sweep import PHYSICS_CLASSES, Outcome, coverage, draw, draw_polished, print_polished, summarize_polished
 
-from bilevel_imaging.experiments import certainty, float32_floor, hypergradient_benchmark
+from bilevel_imaging.experiments import certainty, float32_floor
 from bilevel_imaging.hypergradients import hypergradient
 from bilevel_imaging.lower_solvers import NewtonCG
 from bilevel_imaging.tensors import norm
@@ -22,8 +22,6 @@ from bilevel_imaging.upper_level import SquaredError
 from bilevel_imaging.upper_level.quasi_newton import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the cost of certainty
@@ -41,6 +39,7 @@ def comparisons(record):
     return [row for w in record["workloads"].values() for row in (*w["crops"], w["batch"])]
 
 
+@pytest.mark.slow
 def test_record_of_the_cost(record):
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert list(record["workloads"]) == ["denoising", "deblurring", "inpainting"]
@@ -130,15 +129,6 @@ def test_command_for_the_cost(command, record, monkeypatch, tmp_path, capsys):
         command()
 
 
-def test_command_for_the_timings(command, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(hypergradient_benchmark, "UNROLLED_STEPS", (60,))
-    path = tmp_path / "timings.json"
-    command("hypergradient", "--json", str(path), "--images", "1", "--size", "16", "--repeats", "1", "--threads", "1")
-    written = json.loads(path.read_text())
-    assert written["workload"]["size"] == 16 and written["repeats"] == 1
-    assert hypergradient_benchmark.table(written) in capsys.readouterr().out
-
-
 # --- where float32 stops
 
 
@@ -160,6 +150,7 @@ def test_three_ways_have_one_problem():
     torch.testing.assert_close(single.grad(x.float()), default.grad(x.float()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_float32_bounds_hold_and_stop_at_a_floor(floors):
     assert json.loads(json.dumps(floors, allow_nan=False)) == floors
     for problem in floors["problems"].values():

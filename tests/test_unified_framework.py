@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import Case, build, reference
+from cases import Case, build, mostly_slow, reference
 from sweep import flat
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.energies.problem import CountedLinearization
 from bilevel_imaging.experiments import equivalence
-from bilevel_imaging.experiments.hypergradient_benchmark import Workload
+from bilevel_imaging.experiments.equivalence import Workload
 from bilevel_imaging.linear_solvers import AcceleratedGradient, JacobianFree, Neumann, Recycled
 from bilevel_imaging.lower_solvers.accelerated_gradient import constant_schedule
 from bilevel_imaging.tensors import norm, per_sample
@@ -50,8 +50,6 @@ PROBLEMS = [
 ]
 methods = pytest.mark.parametrize("method", SAME_METHOD)
 problems = pytest.mark.parametrize(("regularizer", "physics"), PROBLEMS)
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(regularizer: str, physics: str, **settings) -> Case | SimpleNamespace:
@@ -216,7 +214,7 @@ def test_sweeps_of_a_batch_are_those_of_its_samples(method):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize(("regularizer", "physics"), [p for p in PROBLEMS if p[0] != "quadratic"])
+@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(p for p in PROBLEMS if p[0] != "quadratic"))
 def test_bounds_hold_for_every_sweep(regularizer, physics, dtype):
     case = make(regularizer, physics, dtype=dtype, weight=0.3)
     true, slack, *_ = reference(case)
@@ -234,7 +232,7 @@ def test_bounds_hold_for_every_sweep(regularizer, physics, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize(("regularizer", "physics"), [p for p in PROBLEMS if p[0] != "quadratic"])
+@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(p for p in PROBLEMS if p[0] != "quadratic"))
 def test_bounds_hold_for_cheap_adjoints(regularizer, physics, dtype):
     case = make(regularizer, physics, dtype=dtype)
     true, slack, *_ = reference(case)
@@ -523,7 +521,7 @@ def test_rate_of_constant_momentum():
 
 
 def test_experiment():
-    record = equivalence.run(Workload(images=1, size=16, smoothing=0.1, dtype="float64"), steps=6)
+    record = equivalence.run(Workload(images=1, size=16, smoothing=0.1), steps=6)
     assert record == json.loads(json.dumps(record)) and set(record["methods"]) == set(SAME_METHOD)
     for found in record["methods"].values():
         assert len(found["difference"]) == 6 and max(found["difference"]) <= 1e-13

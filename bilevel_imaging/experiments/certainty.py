@@ -26,7 +26,7 @@ from torch import Tensor
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.data import Degradation, ImagePairs, extract_patches, photographs
 from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
-from bilevel_imaging.experiments.hypergradient_benchmark import environment
+from bilevel_imaging.experiments.environment import environment
 from bilevel_imaging.hypergradients import hypergradient
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution

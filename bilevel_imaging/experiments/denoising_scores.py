@@ -32,7 +32,7 @@ from bilevel_imaging.data import Batch, Degradation, ImageFolder, ImagePairs, ce
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.experiments.denoising_report import figure, markdown, table
 from bilevel_imaging.experiments.denoising_tuning import rescaled, total_variation, tuned
-from bilevel_imaging.experiments.hypergradient_benchmark import environment
+from bilevel_imaging.experiments.environment import environment
 from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training.evaluation import image_metrics
 from bilevel_imaging.training.mean import bind_batch

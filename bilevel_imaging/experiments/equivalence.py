@@ -8,7 +8,7 @@ three hypergradients at the same x^K: unrolled, inexact automatic differentiatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging import linear_solvers, lower_solvers
-from bilevel_imaging.energies import LowerLevelProblem
-from bilevel_imaging.experiments.hypergradient_benchmark import Workload
+from bilevel_imaging.data import Degradation, ImagePairs, extract_patches, photographs
+from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient, UnrolledHypergradient, hypergradient, inexact_ad, unrolled
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
+from bilevel_imaging.regularizers import TotalVariation
 from bilevel_imaging.upper_level import SquaredError
 from bilevel_imaging.upper_level.quasi_newton import flatten
 
@@ -37,10 +38,40 @@ METHODS: dict[str, tuple[str, Callable[..., LinearSolver]]] = {
     "accelerated_gradient": ("FISTA", linear_solvers.AcceleratedGradient),
 }
 ESTIMATES = {"unrolled": "unrolled", "inexact": "inexact AD", "cg": "CG"}
-# one crop in float64, with a smoothing at which K = 60 iterations come near the minimizer
-WORKLOAD = Workload(images=1, size=64, smoothing=0.05, dtype="float64")
 # where a difference of exactly 0 is drawn
 _SMALLEST = 1e-18
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Smoothed TV denoising of photograph crops, float64; K = 60 iterations come near the minimizer.
+
+    Attributes:
+        images: crops, one from each of so many photographs.
+        size: pixels along each side.
+        weight: TV weight.
+        smoothing: TV smoothing.
+        sigma: standard deviation of the noise.
+    """
+
+    images: int = 1
+    size: int = 64
+    weight: float = 0.1
+    smoothing: float = 0.05
+    sigma: float = 0.1
+
+    def build(self) -> tuple[VariationalEnergy, Tensor, Tensor]:
+        """Energy, ground truth and measurements, ``(images, 1, size, size)``."""
+        crops = extract_patches(photographs(), self.size, 1, seed=0)[: self.images]
+        pairs = ImagePairs.build(crops, Degradation("denoising", sigma=self.sigma))
+        return (
+            VariationalEnergy(TotalVariation(self.weight, self.smoothing)),
+            torch.stack(pairs.x),
+            torch.stack(pairs.y),
+        )
+
+
+WORKLOAD = Workload()
 
 
 def run(workload: Workload = WORKLOAD, *, steps: int = 60) -> Record:

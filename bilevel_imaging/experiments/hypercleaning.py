@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bilevel_imaging import linear_solvers, lower_solvers
 from bilevel_imaging.energies import WeightedLogisticProblem
@@ -32,6 +33,7 @@ from bilevel_imaging.experiments.hypercleaning_problem import (
 from bilevel_imaging.experiments.hypercleaning_report import figures, table
 from bilevel_imaging.linear_solvers import LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver
+from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.upper_level import MAID
 
 __all__ = ["BEST", "PUBLISHED", "SETTINGS", "Digits", "digits", "figures", "load", "run", "table"]
@@ -111,6 +113,7 @@ class _Progress:
     budget: int
     minutes: float
     started: float
+    bar: tqdm
     lower: int = 0
     adjoint: int = 0
     steps: int = 0
@@ -130,15 +133,10 @@ class _Progress:
         return "minutes" if time.perf_counter() - self.started >= 60 * self.minutes else ""
 
     def note(self, objective: float) -> None:
-        seconds = time.perf_counter() - self.started
-        self.curve.append(
-            {
-                "step": self.steps,
-                "iterations": self.lower + self.adjoint,
-                "objective": objective,
-                "seconds": round(seconds, 2),
-            }
-        )
+        spent, seconds = self.lower + self.adjoint, round(time.perf_counter() - self.started, 2)
+        self.curve.append({"step": self.steps, "iterations": spent, "objective": objective, "seconds": seconds})
+        self.bar.set_postfix_str(f"{self.setting}, validation loss {objective:.4f}", refresh=False)
+        self.bar.update(self.budget - self.left - self.bar.n)
 
 
 def run(
@@ -148,6 +146,7 @@ def run(
     budget: int = BUDGET,
     minutes: float = math.inf,
     save: Callable[[Record], None] | None = None,
+    progress: bool = False,
 ) -> Record:
     """Every setting from theta = 0 until its budget is spent.
 
@@ -157,6 +156,7 @@ def run(
         budget: iterations of the lower-level and of the adjoint solver together, per setting.
         minutes: wall-clock limit per setting.
         save: called with the record after every setting.
+        progress: show a bar on the terminal for every setting.
 
     Returns:
         a JSON-able record: "settings", "constants" at theta = 0, and "runs" by setting.
@@ -185,8 +185,9 @@ def run(
         "runs": {},
     }
     for name in names:
-        current = _Progress(name, _problem(data), loss, budget, minutes, time.perf_counter())
-        outcome = (_maid if name == MAID_SETTING else _fixed)(current)
+        with tqdm(total=budget, unit=" iterations", disable=hidden(progress), leave=False) as bar:
+            current = _Progress(name, _problem(data), loss, budget, minutes, time.perf_counter(), bar)
+            outcome = (_maid if name == MAID_SETTING else _fixed)(current)
         record["runs"][name] = {**outcome, **_detection(current.problem, data.corrupted)}
         if save is not None:
             save(record)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from bilevel_imaging._version import __version__
 from bilevel_imaging.data import ImagePairs, magnitude
 from bilevel_imaging.energies import VariationalEnergy
-from bilevel_imaging.experiments.hypergradient_benchmark import environment
+from bilevel_imaging.experiments.environment import environment
 from bilevel_imaging.experiments.medical_data import Stack, load_stack, split_positions
 from bilevel_imaging.experiments.medical_learning import learn_scalars, rescalable, search_tv, start_tv, train_all
 from bilevel_imaging.experiments.medical_problems import Problem

@@ -32,7 +32,7 @@ from bilevel_imaging._version import __version__
 from bilevel_imaging.data import Degradation, photographs
 from bilevel_imaging.data.degradations import gaussian_kernel
 from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
-from bilevel_imaging.experiments.hypergradient_benchmark import environment
+from bilevel_imaging.experiments.environment import environment
 from bilevel_imaging.experiments.peers import ADAPTERS, Task
 from bilevel_imaging.experiments.peers.task import tikhonov, total_variation
 from bilevel_imaging.hypergradients import Hypergradient, hypergradient

@@ -1,0 +1,35 @@
+"""Plain PyTorch: accelerated gradient steps recorded by autograd, then backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from bilevel_imaging.experiments.benchmark.method import Answer, Ladder, Setting
+from bilevel_imaging.experiments.benchmark.models import Model
+from bilevel_imaging.experiments.benchmark.peers.lower import STEPS, accelerated
+from bilevel_imaging.experiments.benchmark.workloads import Task
+
+NAME, PACKAGE = "PyTorch unrolled", "torch"
+
+
+def ladders(task: Task) -> list[Ladder]:
+    """The gradient of the energy by autograd, and written by hand where there is one."""
+    recorded = [Ladder("gradient by autograd", partial(_settings, task, True))]
+    if task.model.recorded:
+        return recorded
+    return [Ladder("gradient written by hand", partial(_settings, task, False)), *recorded]
+
+
+def _settings(task: Task, recorded: bool) -> Iterator[Setting]:
+    for steps in STEPS:
+        yield Setting(f"{steps} steps", partial(_compute, task, steps, recorded))
+
+
+def _compute(task: Task, steps: int, recorded: bool) -> Answer:
+    theta = task.leaf()
+    x = accelerated(task, steps, theta, partial(Model.gradient, task.model) if recorded else None)
+    gradient = torch.autograd.grad(task.loss(x), theta)[0]
+    return Answer(gradient.double().cpu(), float(steps), float(steps))  # one reverse sweep per step

@@ -1,0 +1,281 @@
+"""The comparison with other libraries: the same energy for all, its ladders, its report, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bilevel_imaging.experiments import benchmark, kernel_rates
+from bilevel_imaging.experiments.benchmark import comparison, measuring, memory, ours, report
+from bilevel_imaging.experiments.benchmark.method import Answer, Ladder, Setting
+from bilevel_imaging.experiments.benchmark.models import Model
+from bilevel_imaging.experiments.benchmark.peers import ADAPTERS
+from bilevel_imaging.experiments.benchmark.peers.lower import accelerated, lbfgs
+from bilevel_imaging.experiments.benchmark.workloads import WORKLOADS, model
+from bilevel_imaging.upper_level.quasi_newton import flatten
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "W1": replace(WORKLOADS["W1"], images=2, size=12),
+    "W2": replace(WORKLOADS["W2"], images=2, size=12),
+    "W3": replace(WORKLOADS["W3"], images=1, size=13),
+    "W4a": replace(WORKLOADS["W4a"], size=14),
+    "W4b": replace(WORKLOADS["W4b"], size=256),
+    "W5": replace(WORKLOADS["W5"], images=1, size=11),
+}
+INSTALLED = [name for name in ADAPTERS if comparison._version(ADAPTERS[name].PACKAGE) is not None]
+
+
+@pytest.fixture(scope="module", params=["W1", "W2", "W3", "W5"])
+def task(request):
+    return TINY[request.param].build(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Total variation, well conditioned, so that every method can be right."""
+    return replace(TINY["W1"], size=10, energy=_smooth).build(dtype=torch.float64)
+
+
+def _smooth():
+    from bilevel_imaging.energies import VariationalEnergy
+    from bilevel_imaging.regularizers import TotalVariation
+
+    return VariationalEnergy(TotalVariation(0.1, 0.2))
+
+
+def _point(task):
+    return torch.rand(task.y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_energies_in_torch_are_ours(task):
+    problem, x = task.problem(), _point(task)
+    assert task.x_true.shape == task.y.shape == problem.shape
+    # without constants of x: a difference of values
+    ours_ = float((problem.value(x) - problem.value(task.y)).detach().sum())
+    theirs = [task.model.value(torch, point, task.theta, task.data) for point in (x, task.y)]
+    assert float(theirs[0] - theirs[1]) == pytest.approx(ours_, rel=1e-11)
+    for gradient in (task.model.gradient, lambda *a: Model.gradient(task.model, *a)):
+        torch.testing.assert_close(gradient(x, task.theta, task.data), problem.grad(x), rtol=1e-10, atol=1e-13)
+
+
+def test_products_in_torch_are_ours(task):
+    """Second and mixed derivatives: what the adjoint of every library is made of."""
+    problem, x, q = task.problem(), _point(task), _point(task) - 0.5
+    theta, leaf = task.leaf(), x.clone().requires_grad_(True)
+    hvp, mixed = torch.autograd.grad(task.model.gradient(leaf, theta, task.data), (leaf, theta), q)
+    linearization = problem.linearize(x)
+    torch.testing.assert_close(hvp, linearization.hvp(q), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mixed, flatten(linearization.mixed_vjp(q)), rtol=1e-9, atol=1e-12)
+
+
+def test_energies_in_jax_are_ours(task):
+    jax = pytest.importorskip("jax")
+    problem, x, q = task.problem(), _point(task), _point(task) - 0.5
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        data = {name: jax.numpy.asarray(value.numpy()) for name, value in task.data.items()}
+        point, theta, direction = (jax.numpy.asarray(a.numpy()) for a in (x, task.theta, q))
+
+        def energy(point, theta):
+            return task.model.value(jax.numpy, point, theta, data)
+
+        @jax.jit
+        def derivatives(point, theta, direction):
+            gradient, pull = jax.vjp(jax.grad(energy), point, theta)
+            return (gradient, *pull(direction))
+
+        found = [torch.from_numpy(jax.device_get(a).copy()) for a in derivatives(point, theta, direction)]
+    linearization = problem.linearize(x)
+    torch.testing.assert_close(found[0], problem.grad(x), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found[1], linearization.hvp(q), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[2], flatten(linearization.mixed_vjp(q)), rtol=1e-9, atol=1e-12)
+
+
+def test_workloads_are_as_described():
+    assert [(w.images, w.size) for w in WORKLOADS.values()] == [
+        (16, 128), (16, 96), (8, 128), (1, 512), (1, 2048), (32, 64)
+    ]  # fmt: skip
+    for name in ("W4a", "W4b"):
+        task = TINY[name].build()
+        assert task.y.shape == task.x_true.shape == (1, 1, TINY[name].size, TINY[name].size)
+    task = TINY["W1"].build()
+    assert task.y.dtype == torch.float32 and torch.equal(task.y, TINY["W1"].build().y)
+    assert task.theta.tolist() == pytest.approx([-2.302585, -4.605170])
+    assert float((task.y - task.x_true).std()) == pytest.approx(0.1, rel=0.1)
+    with pytest.raises(TypeError, match="Got Tikhonov"):
+        from bilevel_imaging.energies import VariationalEnergy
+        from bilevel_imaging.regularizers import Tikhonov
+
+        model(VariationalEnergy(Tikhonov(1.0)), TINY["W1"].degradation, task.y)
+
+
+def test_minimizers_of_torch_reach_the_minimizer(small):
+    for x in (accelerated(small, 200), lbfgs(small, 60)):
+        assert float(small.problem().grad(x).detach().norm()) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TorchOpt's use of functorch
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_library_gets_it_right(name, small):
+    """One of its first two ladders ends within 1 % of the certified truth; JAX in float32, others in float64."""
+    true = flatten(comparison.reference(small).grad)
+    best = {}
+    for ladder in ADAPTERS[name].ladders(small)[:2]:
+        few = Ladder(ladder.method, lambda ladder=ladder: islice(ladder.settings(), 0, 16))
+        rows = measuring.climb(name, few, true, levels=(1e-2,), cap=60)
+        assert all(row.note == "" or row.note.startswith("cut off") for row in rows), rows[-1].note
+        best[ladder.method] = min(row.error for row in rows)
+    assert min(best.values()) <= 1e-2, best
+
+
+def test_ours_reports_a_bound_that_holds(small):
+    true = flatten(comparison.reference(small).grad)
+    for ladder in ours.ladders(small):
+        for row in measuring.climb(ours.NAME, ladder, true, levels=(1e-6,), cap=60)[:4]:
+            assert row.error <= 1.01 * row.bound / (1 - min(row.bound, 0.5)) and row.gradients > 0 and row.hvps > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchopt_with_a_recorded_gradient():
+    """Fields of Experts, where the stationarity condition comes from autograd inside of TorchOpt's own."""
+    adapter = ADAPTERS["torchopt"]
+    if "torchopt" not in INSTALLED:
+        pytest.skip("TorchOpt is not installed")
+    task = TINY["W2"].build(dtype=torch.float64)
+    rows = measuring.climb(
+        "", adapter.ladders(task)[0], flatten(comparison.reference(task).grad), levels=(1e-3,), cap=60
+    )
+    assert min(row.error for row in rows) <= 1e-3
+
+
+def _ladder(method, errors, seconds, clock):
+    """Settings with these errors that take these CPU seconds."""
+
+    def settings():
+        for error, cost in zip(errors, seconds, strict=True):
+
+            def compute(error=error, cost=cost):
+                clock[0] += cost
+                return Answer(torch.tensor([1 + error, 0.0], dtype=torch.float64))
+
+            yield Setting(f"error {error:g}", compute)
+
+    return Ladder(method, settings)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(process_time=lambda: now[0], perf_counter=lambda: now[0]))
+    return now
+
+
+TRUE = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+
+def test_a_ladder_ends_where_it_should(clock):
+    def climb(errors, seconds):
+        return measuring.climb("a", _ladder("m", errors, seconds, clock), TRUE, levels=(0.5, 0.05), cap=10)
+
+    passes = climb((2.0, 1.0, 0.3, 0.2, 0.04, 0.01, 1e-3, 1e-4), range(1, 9))
+    # every second one until one passes both levels, and those right before the first passing ones
+    assert [row.setting for row in passes] == ["error 1", "error 0.3", "error 0.2", "error 0.04", "error 0.01"]
+    assert [row.seconds for row in passes] == [2, 3, 4, 5, 6] and passes[0].error == pytest.approx(1.0)
+    assert measuring.fastest(passes, 0.5).seconds == 3 and measuring.fastest(passes, 0.05).seconds == 5
+    assert measuring.fastest(passes, 1e-3) is None
+    slow = climb((3.0, 2.0, 1.0, 0.9, 0.8, 0.7), (1, 2, 3, 11, 12, 13))
+    assert [row.seconds for row in slow] == [2, 11] and "over 10 CPU seconds" in slow[-1].note
+    stalls = climb([0.9] * 20, [1] * 20)
+    assert len(stalls) == measuring.STALLED_AFTER + 1 and "no longer falls" in stalls[-1].note
+
+
+def test_table_with_passing_failing_and_broken_rows(clock, monkeypatch):
+    monkeypatch.setattr(measuring, "peak", lambda compute: 12.0)
+
+    def broken():
+        raise TypeError("changed interface")
+
+    ladders = {
+        "ours": lambda: [_ladder("certified", (0.05, 0.005), (3.0, 5.0), clock)],
+        "fast": lambda: [_ladder("m", (0.09, 0.02, 0.004), (1.0, 2.0, 4.0), clock)],
+        "wrong": lambda: [_ladder("m", (2.0, 1.0), (1.0, 2.0), clock)],
+        "broken": broken,
+    }
+    rows = [row.record() for row in measuring.measure(ladders, TRUE, levels=(0.1, 0.01), repeats=3, cap=10)]
+    assert rows == json.loads(json.dumps(rows))
+    assert {row["calls"] for row in rows if row["library"] == "fast"} == {3}
+    assert all(row["peak_memory_mib"] == 12 for row in rows if row["calls"] == 3)
+    loose, tight = report.summary(rows, (0.1, 0.01))
+    assert loose["ratio"] == pytest.approx(3.0) and tight["ratio"] == pytest.approx(5 / 4)
+    assert loose["best_peer"]["library"] == "fast" and loose["fastest"]["wrong"] is None
+    assert [(pair["ours"]["setting"], pair["by"]["setting"]) for pair in report.dominated(rows)] == [
+        ("error 0.05", "error 0.02"),
+        ("error 0.005", "error 0.004"),
+    ]
+    workload = {"title": "t", "images": 1, "size": 2, "reference_relative_bound": 1e-9, "rows": rows}
+    workload |= {"summary": [loose, tight], "dominated": report.dominated(rows)}
+    text = report.table({"workloads": {"W": workload}, "skipped": {"absent": "skipped, not installed"}})
+    assert "ours / best peer 3.00" in text and "raised TypeError: changed interface" in text
+    assert "wrong                    nothing passes" in text and "absent: skipped" in text and "dominated: ours" in text
+    assert "No row of ours" in report.table({"workloads": {"W": workload | {"dominated": []}}, "skipped": {}})
+
+
+def test_memory_of_a_call():
+    def call():
+        return torch.ones(16 * 2**20).sum()  # 64 MiB
+
+    found = memory.peak(call)
+    if found is None:
+        pytest.skip("the system does not tell")
+    assert 60 <= found <= 110
+    assert memory.peak(lambda: None) <= 30
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    installed = comparison._version
+    missing = {"jaxopt", "torchdeq"}
+    monkeypatch.setattr(comparison, "_version", lambda name: None if name in missing else installed(name))
+    monkeypatch.setattr(script, "one_thread", lambda: None)
+    original, path = benchmark.run, tmp_path / "new" / "record.json"
+
+    def tiny(*arguments, **options):
+        record = original(*arguments, workloads=TINY, **options)
+        assert json.loads(path.read_text()) == record  # kept before the end
+        return record
+
+    monkeypatch.setattr(script.benchmark, "run", tiny)
+    command = "benchmark.py hypergradient --workloads W4a --peers jaxopt torchdeq unrolled --levels 1e-2 --repeats 2"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--threads", "1", "--json", str(path)])
+    script.main()
+    record, text = json.loads(path.read_text()), capsys.readouterr().out
+    assert text.strip() == report.table(record)
+    assert "pip install jaxopt" in text and "pip install torchdeq" in text
+    assert set(record["skipped"]) == {"JAXopt", "TorchDEQ"} and record["levels"] == [1e-2]
+    rows = record["workloads"]["W4a"]["rows"]
+    assert {row["library"] for row in rows} == {"ours", "PyTorch unrolled"}
+    assert record["workloads"]["W4a"]["reference_relative_bound"] <= 1e-8
+    assert record["workloads"]["W4a"]["summary"][0]["ratio"] > 0
+
+
+def test_kernel_rates_of_a_small_image():
+    """Shares are ratios of the rates in the record; every line of the table names its number."""
+    record = kernel_rates.run(size=64, repeats=1)
+    for name, rate in record["bytes_per_second"].items():
+        assert record["share_of_copy"][name] == pytest.approx(rate / record["copy_bytes_per_second"])
+        assert name in kernel_rates.table(record)
+    filters = record["filters"]
+    assert filters["share_of_convolutions"] == pytest.approx(
+        filters["convolutions_seconds"] / filters["product_seconds"]
+    )
+    assert filters["operations_per_second"] * filters["product_seconds"] == pytest.approx(4 * 48 * 49 * 8 * 8)
