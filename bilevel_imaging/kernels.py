@@ -1,6 +1,7 @@
 """A switch for fused kernels: the same formulas through ``torch.compile`` where a loop of small operations is the cost.
 
 Off by default: compiling takes seconds to minutes once per kernel and dtype, which pays in long runs on large batches.
+Meant for CUDA: on the CPU the package's own kernels (``bilevel_imaging.native``) come first where they can be built.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _broken: set[str] = set()
 def compile_kernels(enabled: bool = True) -> None:
     """Use compiled kernels from now on in this process, or stop using them.
 
-    Where no compiler is found, or compiling fails, the eager formula goes on being used and a warning says so once.
+    Where no compiler is found, or compiling fails, the eager formula goes on being used and a warning says so once. Without
+    effect on what ``bilevel_imaging.native`` computes.
     """
     global _enabled
     _enabled = enabled

@@ -148,7 +148,7 @@ def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[s
         if parsed.json is not None:
             save_record(record, parsed.json)
 
-    return {"data": experiment.load(parsed.mnist), "save": save, **chosen}
+    return {"data": experiment.load(parsed.mnist), "save": save, "progress": True, **chosen}
 
 
 def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
@@ -264,9 +264,10 @@ def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | No
 
 
 def save_record(record: dict[str, Any], path: Path) -> Path:
-    """A record as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    """A record as JSON, in one piece: what was there stays until the new one is complete."""
+    from bilevel_imaging.training_run import write_json
+
+    write_json(path, record)
     return path
 
 

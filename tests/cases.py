@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepinv
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -207,6 +209,19 @@ def product(
     for regularizer in (name for name in REGULARIZERS if name not in left_out):
         for operator in physics:
             yield regularizer, operator
+
+
+def mostly_slow(pairs: Iterable[tuple[str, str]], every: int = 6) -> list[Any]:
+    """The pairs as parameters of a test: one out of ``every`` is quick, the others are marked slow.
+
+    The quick ones lie on diagonals of the table, so that all names on either side are among them as far as possible.
+    """
+    pairs = list(pairs)
+    rows, columns = (list(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
+    return [
+        pytest.param(a, b, marks=[pytest.mark.slow] if (rows.index(a) + columns.index(b)) % every else [])
+        for a, b in pairs
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------

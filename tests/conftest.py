@@ -11,20 +11,16 @@ with warnings.catch_warnings():
     import deepinv  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
-def _quiet_torch():
-    """Small problems run several times slower on many threads; every test starts from the same random state."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, 2))
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread():
-    """For tensors so small that they are slower on several threads."""
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Small problems run several times slower on several threads, those of module fixtures included."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)

@@ -19,8 +19,6 @@ MU = 0.7
 CONDITIONS = (1.0, 3.0, 40.0, 1e3, 1e5)
 # what rounding leaves of a norm that was 1 at the start, times the condition number
 FLOOR = 1e-14
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 conditions = pytest.mark.parametrize("condition", CONDITIONS)
 
 

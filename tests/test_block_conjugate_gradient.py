@@ -16,8 +16,6 @@ from bilevel_imaging.linear_solvers._block_algebra import combine, gram, orthono
 
 F32, F64 = torch.float32, torch.float64
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def block_system(batch=3, columns=3, size=60, kappa=1000.0, dtype=F64, **options):
     linearization, _ = random_system(batch=batch, size=size, kappa=kappa, dtype=dtype, **options)

@@ -16,8 +16,6 @@ from bilevel_imaging.upper_level import HOAG, FirstOrder
 
 TINY = "--data.patch_size=16 --data.patches_per_image=1 --data.max_images=2 --logging.progress=false".split()
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from bilevel_imaging.upper_level import (
 )
 
 F64 = torch.float64
-pytestmark = pytest.mark.usefixtures("one_thread")
 PHYSICS = ["denoising", "inpainting", "blur_fft"]
 
 

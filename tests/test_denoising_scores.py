@@ -29,8 +29,6 @@ from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Rescalable(TotalVariation):
     """(weight / scale) times total variation of scale x, in closed form."""
@@ -59,12 +57,9 @@ def tuning() -> ImageSet:
 
 @pytest.fixture(scope="module")
 def record(images, tuning):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     regularizer = Rescalable(0.07, 0.02)
     regularizer.noise_level = 25 / 255
-    yield run({"learned": regularizer}, images, sigmas=(15, 40), tuning=tuning, tune=True, tv=True)
-    torch.set_num_threads(threads)
+    return run({"learned": regularizer}, images, sigmas=(15, 40), tuning=tuning, tune=True, tv=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +89,7 @@ def test_noise_is_that_of_the_seed_the_name_and_the_size_alone():
     torch.testing.assert_close(noisy(image, "a", 50.0, 0) - image, 2 * (y - image))
 
 
+@pytest.mark.slow
 def test_an_image_has_the_same_scores_alone(record, images):
     regularizer = Rescalable(0.07, 0.02)
     name = list(images.images)[1]

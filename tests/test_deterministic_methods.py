@@ -588,6 +588,7 @@ def best_loss() -> float:
     return objective.value(1e-8).value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_train_on_images(name):
     objective = weight_objective()

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import CERTIFIED_REGULARIZERS, KINKED_REGULARIZERS, LINEAR_SOLVERS, PHYSICS, build, product, reference_of
+from cases import (
+    CERTIFIED_REGULARIZERS,
+    KINKED_REGULARIZERS,
+    LINEAR_SOLVERS,
+    PHYSICS,
+    build,
+    mostly_slow,
+    product,
+    reference_of,
+)
 from torch import Tensor
 
 import bilevel_imaging as bi
@@ -16,7 +25,6 @@ from bilevel_imaging.hypergradients import DISTANCE_CERTIFICATES
 from bilevel_imaging.linear_solvers import assemble_hessian
 
 F32, F64 = torch.float32, torch.float64
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def one(value: float) -> Tensor:
@@ -96,7 +104,7 @@ def points(case, sample_x: list[Tensor]):
         yield bi.lower_solvers.AcceleratedGradient().solve(case.problem, None, tol).x
 
 
-@pytest.mark.parametrize(("regularizer", "physics"), list(product(user=False, kinked=True)))
+@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(product(user=False, kinked=True)))
 def test_every_certificate_holds(regularizer, physics):
     case = build(regularizer, physics, size=(5, 6), weight=0.3)
     samples = [reference_of(case, i) for i in range(2)]

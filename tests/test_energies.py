@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import deepinv
@@ -18,6 +19,7 @@ from cases import (
     Reference,
     build,
     difference_matrix,
+    mostly_slow,
     product,
 )
 from torch import Tensor
@@ -29,15 +31,13 @@ from bilevel_imaging.tensors import inner, norm, per_sample
 
 F32, F64 = torch.float32, torch.float64
 ALL_PHYSICS = (*PHYSICS, *GENERIC_PHYSICS)
-pairs = pytest.mark.parametrize(("regularizer", "physics"), list(product(physics=ALL_PHYSICS, kinked=True)))
-certified_pairs = pytest.mark.parametrize(("regularizer", "physics"), list(product(user=False)))
+pairs = pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(product(physics=ALL_PHYSICS, kinked=True)))
+certified_pairs = pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(product(user=False)))
 regularizers = pytest.mark.parametrize("regularizer", REGULARIZERS)
 certified = pytest.mark.parametrize("regularizer", CERTIFIED_REGULARIZERS)
-declared = pytest.mark.parametrize("regularizer", [*CERTIFIED_REGULARIZERS, *KINKED_REGULARIZERS])
-declared_pairs = pytest.mark.parametrize(("regularizer", "physics"), list(product(user=False, kinked=True)))
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+DECLARED = (*CERTIFIED_REGULARIZERS, *KINKED_REGULARIZERS)
+declared = pytest.mark.parametrize("regularizer", DECLARED)
+declared_pairs = pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(product(user=False, kinked=True)))
 
 
 def draw(like: Tensor, seed: int) -> Tensor:
@@ -446,8 +446,7 @@ def test_strong_convexity_and_smoothness_enclose_the_spectrum(regularizer, physi
 # --- float32
 
 
-@declared
-@pytest.mark.parametrize("physics", ALL_PHYSICS)
+@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(itertools.product(DECLARED, ALL_PHYSICS)))
 def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics):
     for seed, kind in enumerate(("noisy", "flat", "ramp", "saturated")):
         for weight, smoothing in ((1e-4, 0.1), (0.1, 1e-3), (30.0, 1.0)):

@@ -7,11 +7,13 @@ import importlib.util
 import itertools
 import json
 import struct
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bilevel_imaging import linear_solvers, lower_solvers
 from bilevel_imaging.data import corrupt_labels, load_mnist
@@ -25,8 +27,6 @@ from bilevel_imaging.tensors import norm
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parent.parent
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def examples(count: int = 40, features: int = 6, classes: int = 4, *, seed: int = 0, signed: bool = False):
@@ -470,10 +470,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(data):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield hypercleaning.run(data, ["maid", "hb/cg/0.1/0.01", "hb/hb/0.1/0.1"], budget=500)
-    torch.set_num_threads(threads)
+    return hypercleaning.run(data, ["maid", "hb/cg/0.1/0.01", "hb/hb/0.1/0.1"], budget=500)
 
 
 def test_data_of_the_experiment(data):
@@ -556,6 +553,23 @@ def test_same_numbers_in_every_run_and_saved_after_every_setting(data, record):
     assert without_time[0] == without_time[1] and saved == [1]
     short = hypercleaning.run(data, [name], minutes=1e-9)
     assert short["runs"][name]["stopped"] == "minutes" and short["minutes"] == 1e-9
+
+
+@pytest.mark.parametrize("name", ["maid", "hb/cg/0.1/0.01"])
+def test_bar_shows_what_is_spent_and_is_hidden_by_default(data, monkeypatch, name):
+    shown = StringIO()
+    settings = {"file": shown, "mininterval": 0, "miniters": 1, "ncols": 120}
+    monkeypatch.setattr(hypercleaning, "tqdm", functools.partial(tqdm, **settings))
+    monkeypatch.setattr(hypercleaning, "hidden", lambda progress: not progress)
+    hypercleaning.run(data, [name], budget=500)
+    assert shown.getvalue() == ""
+    curve = hypercleaning.run(data, [name], budget=500, progress=True)["runs"][name]["curve"]
+    lines = shown.getvalue().split("\r")
+    assert len(curve) >= 3
+    for entry in curve:
+        expected = f"{min(entry['iterations'], 500)}/500", f"{name}, validation loss {entry['objective']:.4f}"
+        assert any(all(part in line for part in expected) for line in lines), expected
+    assert "500/500" in shown.getvalue()
 
 
 def test_settings_and_published_numbers():

@@ -19,8 +19,6 @@ F32, F64 = torch.float32, torch.float64
 kinked = pytest.mark.parametrize("regularizer", KINKED_REGULARIZERS)
 separable = pytest.mark.parametrize("regularizer", ["huber_anisotropic", "linear_spline", "linear_spline_slopes"])
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def draw(like: Tensor, seed: int) -> Tensor:
     return torch.randn(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(seed))

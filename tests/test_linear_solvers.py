@@ -31,9 +31,6 @@ F32, F64 = torch.float32, torch.float64
 ITERATIVE = sorted(LINEAR_SOLVERS)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Matrices(Linearization):
     """Hessians given as matrices ``(B, d, d)`` acting on images ``(B, 1, 1, d)``."""
 

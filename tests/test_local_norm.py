@@ -43,6 +43,7 @@ def relative_norm(change: np.ndarray, hessian: np.ndarray) -> float:
     return float(np.abs(np.linalg.eigvalsh(factor @ change @ factor.T)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regularizer", SMOOTH)
 @pytest.mark.parametrize("radius", [1e-3, 0.05, 0.5])
 def test_relative_curvature_bounds_the_change_of_the_hessian(regularizer, radius):
@@ -121,6 +122,7 @@ def test_mixed_energy_norms_need_no_solve_and_bound(regularizer, physics):
     assert (true <= norms * (1 + 1e-12)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_fft", "mri"])
 def test_energy_distance_holds_where_it_applies_and_beats_the_gradient_norm(physics):
     applied, gains = 0, []
@@ -145,6 +147,7 @@ def test_energy_distance_holds_where_it_applies_and_beats_the_gradient_norm(phys
     assert applied >= 4 and max(gains) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preconditioner", [None, "auto"])
 @pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_fft", "weighting"])
 def test_gauss_radau_bounds_the_energy_norm(physics, preconditioner):

@@ -26,8 +26,6 @@ from bilevel_imaging.training.reconstruction import minimize
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, VIEWS = 32, 10
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -268,17 +266,14 @@ class Nameless(TotalVariation):
         del self.log_weight
 
 
-@pytest.fixture(scope="module", params=["ct", "mri"])
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.slow) for kind in ("ct", "mri")])
 def record(request):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     problem = Problem(request.param, views=VIEWS, acceleration=3.0, noise=0.05, ridge=1e-2)
     original = small_ridge()
     before = {name: t.clone() for name, t in original.state_dict().items()}
     made = medical.run(problem, None, {"ridge": original}, size=SIZE, slices=(1, 1, 2), train=2)
     assert all(torch.equal(t, before[name]) for name, t in original.state_dict().items())
-    yield made
-    torch.set_num_threads(threads)
+    return made
 
 
 def test_record(record):
@@ -368,6 +363,7 @@ def command():
     return module
 
 
+@pytest.mark.slow
 def test_command(command, tmp_path, capsys):
     for name, image in phantom(SIZE).items():
         pixels = (255 * image[0]).round().byte().numpy()
@@ -407,6 +403,7 @@ def test_mistakes_are_one_line(command, arguments, words, capsys):
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -20,8 +20,6 @@ from bilevel_imaging.upper_level.quasi_newton import assign, flatten
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = torch.tensor([1.0, -2.0], dtype=torch.float64)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Bowl:
     """1 + 1/2 ||theta - target||^2, known to within ``error_tol``."""

@@ -35,8 +35,6 @@ composed = pytest.mark.parametrize("regularizer", COMPOSED_REGULARIZERS)
 every = pytest.mark.parametrize("regularizer", [*COMPOSED_REGULARIZERS, "input_convex"])
 SIZES = [(4, 5), (1, 6), (5, 1), (1, 1), (2, 2), (3, 2)]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
@@ -151,6 +149,7 @@ def test_newton_is_fast_for_little_smoothing(smoothing):
 # --- constants under the attacks that total variation passes
 
 
+@pytest.mark.slow
 @composed
 @pytest.mark.parametrize("nu", [0.01, 1.0])
 def test_directional_constants_survive_gradient_ascent(regularizer, nu):
@@ -162,6 +161,7 @@ def test_global_lipschitz_constants_survive_alternating_ascent(regularizer):
     test_energies.test_global_lipschitz_constants_survive_alternating_ascent(regularizer, 0.1)
 
 
+@pytest.mark.slow
 @composed
 @pytest.mark.parametrize("radius", [1e-3, 0.5])
 def test_relative_curvature_bounds_the_change_of_the_hessian(regularizer, radius):
@@ -205,6 +205,7 @@ def test_the_spectrum_is_enclosed(regularizer):
         assert bool((constants.smoothness >= eigenvalues[:, -1] * (1 - 1e-11)).all())
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("physics", ["denoising", "blur_fft"])
 def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics):
@@ -215,7 +216,9 @@ def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics)
 
 
 @every
-@pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_circular"])
+@pytest.mark.parametrize(
+    "physics", ["denoising", *(pytest.param(p, marks=pytest.mark.slow) for p in ("inpainting", "blur_circular"))]
+)
 def test_certified_hypergradients_hold(regularizer, physics):
     case = build(regularizer, physics, size=(6, 6), smoothing=0.1)
     best = hypergradient(case, error_tol=1e-12, residual_tol=1e-12)
@@ -502,6 +505,7 @@ def test_network_constants_survive_gradient_ascent(features):
     assert bool((found <= along.hessian).all()) and float((found / along.hessian).max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [(3,), (3, 2), (2, 3, 2)])
 @pytest.mark.parametrize("frozen", [(), ("hidden_kernels", "output"), ("input_kernels", "biases")])
 def test_mixed_derivative_of_networks_on_balls(features, frozen):

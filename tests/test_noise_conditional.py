@@ -40,16 +40,6 @@ INSIDE = {
 BY_BLOCKS = ("fields_of_experts", "convex_ridge", "sum")
 BY_COLUMNS = ("total_variation", "anisotropic", "tikhonov", "scaled_sum", "nothing_learned")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 def model(name: str, seed: int = 0, **options) -> bi.NoiseConditional:
     """Away from the start, where w s = 1."""
@@ -300,6 +290,7 @@ def dense(product, like: Tensor) -> Tensor:
     return torch.stack(columns, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fields_of_experts", "convex_ridge", "total_variation", "anisotropic"])
 @pytest.mark.parametrize(("radius", "lowest", "extent"), [(1e-3, 0.1, 1), (0.3, 0.1, 1), (2.0, 0.1, 1), (5.0, 1e-3, 0)])
 def test_slopes_of_weights_and_scales_for_the_smallest_energy(name, radius, lowest, extent):
@@ -329,6 +320,7 @@ def test_slopes_of_weights_and_scales_for_the_smallest_energy(name, radius, lowe
                 assert bool((dual <= 1.001 * bound * length(e, matrix) + 1e-7).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", [n for n in INSIDE if n != "user"])
 def test_hypergradients_are_certified(name, dtype):

@@ -22,7 +22,6 @@ from bilevel_imaging.hypergradients.mixed_operators import mixed_operators, rand
 from bilevel_imaging.hypergradients.point import Point
 
 F32, F64 = torch.float32, torch.float64
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int) -> torch.Generator:

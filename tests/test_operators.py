@@ -18,7 +18,6 @@ from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.tensors import norm
 
 F32, F64 = torch.float32, torch.float64
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # the largest factor between the bound and ||A||^2 that is accepted
@@ -272,6 +271,7 @@ def test_start_is_the_best_multiple_of_the_back_projection(name):
 # --- one by one
 
 
+@pytest.mark.slow
 @per_image
 def test_parameters_of_one_image_each(name):
     physics, x, y = made(name)

@@ -18,8 +18,6 @@ from bilevel_imaging.regularizers.differences import divergence, forward_differe
 F32, F64 = torch.float32, torch.float64
 SIZES = [(1, 1), (1, 7), (6, 1), (2, 3), (8, 9), (5, 4), (16, 16), (31, 64)]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def draw(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,10 @@ from bilevel_imaging.experiments import quadratic
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = (20, 40, 60, 80, 100)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("whole", marks=pytest.mark.slow)])
 def record():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield quadratic.run()
-    torch.set_num_threads(threads)
+    return quadratic.run()
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +227,18 @@ def test_command_with_a_single_figure(command, tmp_path, monkeypatch, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"figure.png", "record.json"}
     assert json.loads((tmp_path / "out" / "record.json").read_text()) == {"value": 1.5}
     assert "value 1.5" in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_written_leaves_the_last_one(command, tmp_path):
+    path = command.save_record({"value": 1.5}, tmp_path / "new" / "record.json")
+    with pytest.raises(TypeError):
+        command.save_record({"value": 2.5, "bad": object()}, path)
+    assert json.loads(path.read_text()) == {"value": 1.5}
+    (tmp_path / "hard").hardlink_to(path)
+    command.save_record({"value": math.inf}, path)
+    # the old file is replaced, not written over
+    assert json.loads(path.read_text()) == {"value": None}
+    assert json.loads((tmp_path / "hard").read_text()) == {"value": 1.5}
 
 
 def test_command_refuses_unknown_names(command, capsys):

@@ -45,6 +45,7 @@ def differences(height: int, width: int) -> np.ndarray:
     return np.concatenate([np.kron(np.eye(height), line(width)), np.kron(line(height), np.eye(width))])
 
 
+@pytest.mark.slow
 def test_quadratic_truth_in_numpy(record):
     task, _ = silent_gradients.signal_denoising()
     y, x_true, weight = task.y.numpy().ravel(), task.x_true.numpy().ravel(), silent_gradients.STIFFNESS
@@ -233,6 +234,7 @@ def test_unrolling_by_finite_differences():
     assert unrolled.methods(task)["20 gradient steps, unrolled"]() == pytest.approx([expected], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [jaxopt, torchopt, hypertorch, torchdeq, deepinv], ids=lambda a: a.NAME)
 def test_enough_iterations_are_right(adapter):
     """No adapter is wrong: at its most careful setting every installed library agrees with the truth."""

@@ -343,8 +343,9 @@ FULL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
-def test_all_images_reach_the_solution(name, one_thread):
+def test_all_images_reach_the_solution(name):
     for start in starts():
         objective = QuadraticObjective(start)
         method = FULL[name](family().stable_lr)
@@ -355,7 +356,7 @@ def test_all_images_reach_the_solution(name, one_thread):
         assert objective.error() < 1e-6
 
 
-def test_vrbo_reaches_the_solution_with_minibatches(one_thread):
+def test_vrbo_reaches_the_solution_with_minibatches():
     for i, start in enumerate(starts()):
         objective = QuadraticObjective(start, minibatch=2, seed=i)
         own = {"period": 6, "lower_steps": 2, "adjoint": "neumann", "adjoint_steps": 3, "certify_every": 0}
@@ -387,8 +388,9 @@ FALLING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FALLING)
-def test_falling_steps_come_as_near_as_their_theory_says(name, one_thread):
+def test_falling_steps_come_as_near_as_their_theory_says(name):
     make, count = FALLING[name]
     errors = []
     for i, start in enumerate(starts()):
@@ -401,7 +403,7 @@ def test_falling_steps_come_as_near_as_their_theory_says(name, one_thread):
 
 
 @pytest.mark.parametrize("kind", [SingleLoop, MRBO])
-def test_recursion_reduces_the_noise_of_minibatches(kind, one_thread):
+def test_recursion_reduces_the_noise_of_minibatches(kind):
     spread = {}
     for renewal in (0.2, 1.0):
         own = {} if kind is SingleLoop else {"lower_steps": 2, "adjoint_steps": 2}
@@ -415,7 +417,7 @@ def test_recursion_reduces_the_noise_of_minibatches(kind, one_thread):
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_exact_terms_belong_to_the_objective(name, one_thread):
+def test_exact_terms_belong_to_the_objective(name):
     objective = QuadraticObjective(starts()[5])
     objective.penalty = Slope(lambda: objective.theta["theta"])
     f, method = family(), FULL[name](family().stable_lr)
