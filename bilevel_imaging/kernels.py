@@ -20,8 +20,8 @@ _broken: set[str] = set()
 def compile_kernels(enabled: bool = True) -> None:
     """Use compiled kernels from now on in this process, or stop using them.
 
-    Where no compiler is found, or compiling fails, the eager formula goes on being used and a warning says so once. Without
-    effect on what ``bilevel_imaging.native`` computes.
+    Where no compiler is found, or compiling fails, the eager formula goes on being used and a warning says so once.
+    What ``bilevel_imaging.native`` computes stays with it.
     """
     global _enabled
     _enabled = enabled

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py hypergradient [--workloads W1 W2 ...] [--peers all|none|NAMES] [--json PATH]
 python scripts/benchmark.py kernels [--json PATH]         # against the bandwidth of copying and the convolution library
+python scripts/benchmark.py reconstruction --regularizer FILE ...   # seconds to a certified reconstruction
 python scripts/benchmark.py certainty [--json PATH]       # work of a certified one beside an oracle's
 
 Other libraries: pip install -e ".[peers]"; those that are missing are skipped and named.
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from bilevel_imaging.experiments import benchmark, certainty, kernel_rates
+from bilevel_imaging.experiments import benchmark, certainty, kernel_rates, reconstruction_time
 from bilevel_imaging.experiments.benchmark.peers.jaxopt import one_thread
+from bilevel_imaging.export import load_regularizer
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +41,9 @@ def parse() -> argparse.Namespace:
     timed.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     rates = kinds.add_parser("kernels", parents=[common], help="how close the kernels come to what the machine can do")
     rates.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    timed = kinds.add_parser("reconstruction", parents=[common], help="seconds to a certified reconstruction")
+    timed.add_argument("--regularizer", nargs="+", type=Path, required=True, metavar="FILE", help="of train.py")
+    timed.add_argument("--size", type=int, default=256, help="pixels along each side (default: %(default)s)")
     kinds.add_parser("certainty", parents=[common], help="work of a certified hypergradient beside an oracle's")
     return parser.parse_args()
 
@@ -78,6 +83,10 @@ def main() -> None:
     elif arguments.kind == "kernels":
         record = kernel_rates.run(arguments.device)
         table = kernel_rates.table(record)
+    elif arguments.kind == "reconstruction":
+        regularizers = {path.stem: load_regularizer(path) for path in arguments.regularizer}
+        record = reconstruction_time.run(regularizers, size=arguments.size)
+        table = reconstruction_time.table(record)
     else:
         record = certainty.run()
         table = certainty.table(record)

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bilevel_imaging.experiments import benchmark, kernel_rates
+import bilevel_imaging as bi
+from bilevel_imaging.experiments import benchmark, kernel_rates, reconstruction_time
 from bilevel_imaging.experiments.benchmark import comparison, measuring, memory, ours, report
 from bilevel_imaging.experiments.benchmark.method import Answer, Ladder, Setting
 from bilevel_imaging.experiments.benchmark.models import Model
@@ -21,6 +22,14 @@ from bilevel_imaging.experiments.benchmark.peers import ADAPTERS
 from bilevel_imaging.experiments.benchmark.peers.lower import accelerated, lbfgs
 from bilevel_imaging.experiments.benchmark.workloads import WORKLOADS, model
 from bilevel_imaging.upper_level.quasi_newton import flatten
+
+
+class Unknown(bi.Regularizer):
+    """Constants are not known: nothing is certified."""
+
+    def fn(self, x, *args, **kwargs):
+        return 0.5 * (x * x).flatten(1).sum(1)
+
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -266,6 +275,19 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert {row["library"] for row in rows} == {"ours", "PyTorch unrolled"}
     assert record["workloads"]["W4a"]["reference_relative_bound"] <= 1e-8
     assert record["workloads"]["W4a"]["summary"][0]["ratio"] > 0
+
+
+def test_seconds_to_a_certified_reconstruction():
+    """The distance asked for is certified, and the picture is better than the measurement."""
+    regularizers = {"TV": bi.TotalVariation(0.07, 0.01), "unknown": Unknown()}
+    record = reconstruction_time.run(regularizers, size=24, noise=0.1, accuracy=1e-3, repeats=1)
+    row = record["results"]["TV"]
+    assert row["certified"] and row["relative_distance"] <= 1e-3 and row["psnr"] > 20.5
+    assert row["cost"]["gradients"] > 2 and row["wall_seconds"] > 0
+    lines = reconstruction_time.table(record).splitlines()
+    assert not lines[1].endswith("not certified") and lines[2].endswith("not certified")
+    with pytest.raises(ValueError, match="Expected a size of 1 to 512"):
+        reconstruction_time.run(regularizers, size=1000)
 
 
 def test_kernel_rates_of_a_small_image():

@@ -12,7 +12,7 @@ from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, M
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
-from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
+from bilevel_imaging.tensors import binary_scale, norm, per_sample
 
 
 def dual_norm(v: Tensor, strong_convexity: Tensor, metric: Metric | None) -> Tensor:
