@@ -220,6 +220,19 @@ def test_threads_share_the_rows_of_one_image():
         assert torch.equal(gradient, results[0][0]) and torch.equal(product, results[0][1])
 
 
+@torch.no_grad()
+def test_nothing_to_do():
+    """An empty batch, as when every sample has stopped."""
+    _, at = systems((2, 1, 6, 7), torch.float64)
+    none = at.subset(torch.empty(0, dtype=torch.int64))
+    v = torch.empty((0, 1, 6, 7), dtype=torch.float64)
+    assert none.hvp(v).shape == v.shape and ConjugateGradient().solve(none, v, 1e-3).q.shape == v.shape
+    assert bi.TotalVariation().linearize(v).grad.shape == v.shape and bi.TotalVariation().grad(v).shape == v.shape
+    assert native.inner(v, v).shape == (0,)
+    experts = bi.FieldsOfExperts(5, 3, potential="smoothed_absolute").linearize(v)
+    assert experts.grad.shape == v.shape and experts.hvp(v).shape == v.shape
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_updates(dtype):
     """Over more than one block; a sample without a step stays as it is."""

@@ -31,6 +31,11 @@ static int team_size(void) {
 #endif
 }
 
+/* Into how many blocks of rows each of `count` images is cut, so that every thread has one. */
+static int64_t blocks_of_each(int64_t count, int threads) {
+    return count == 0 || count >= threads ? 1 : (threads + count - 1) / count;
+}
+
 /* Only inside a team that works on one image; every thread of it comes here equally often. */
 static void wait_for_team(int team) {
     if (team > 1) {

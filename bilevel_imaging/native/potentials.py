@@ -85,7 +85,7 @@ def total(potentials: Potentials, z: Tensor) -> Tensor:
     z = z.contiguous()
     totals = torch.empty(len(z), dtype=torch.float64)
     kernel = function(f"{potentials.kind}_total", z.dtype)
-    sizes = integers(len(z), z[0].numel() // z.shape[-1], z.shape[-1])
+    sizes = integers(len(z), z.numel() // max(len(z) * z.shape[-1], 1), z.shape[-1])
     kernel(pointer(z), *potentials.arguments, pointer(totals), *sizes, threads())
     return totals
 

@@ -71,7 +71,7 @@ void NAME(stencil_product)(
     const REAL *p, const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, REAL *z,
     int64_t count, int64_t rows, int64_t height, int64_t width, int threads
 ) {
-    const int64_t blocks_each = count >= threads ? 1 : (threads + count - 1) / count;
+    const int64_t blocks_each = blocks_of_each(count, threads);
     const int64_t blocks = count * blocks_each;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < blocks; block++) {

@@ -333,7 +333,7 @@ void NAME(tv_smoothing_column)(
 void NAME(tv_gradient)(
     const REAL *x, REAL weight, REAL smoothing, REAL *grad, int64_t planes, int64_t height, int64_t width, int threads
 ) {
-    const int64_t blocks_each = planes >= threads ? 1 : (threads + planes - 1) / planes;
+    const int64_t blocks_each = blocks_of_each(planes, threads);
     const REAL floor = smoothing * smoothing;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < planes * blocks_each; block++) {

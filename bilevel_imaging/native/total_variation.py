@@ -46,7 +46,8 @@ def model_field(unit: Tensor, dual: Tensor, reciprocal: Tensor, weight: float) -
     ``(2, B, C, H, W)``, that are 0 where Dx is."""
     unit, dual = unit.contiguous(), _samples_contiguous(dual)
     field = unit.new_empty((3, *unit.shape[1:]))
-    batch, size = unit.shape[1], unit[0, 0].numel()
+    batch = unit.shape[1]
+    size = reciprocal.numel() // max(batch, 1)
     kernel = function("tv_field", unit.dtype)
     kernel(
         pointer(unit),
@@ -209,7 +210,7 @@ def relative_change(
 
 def _samples_contiguous(field: Tensor) -> Tensor:
     """A field ``(2, B, C, H, W)`` whose images are contiguous, whatever the order of the first two dimensions."""
-    return field if field[0, 0].is_contiguous() else field.contiguous()
+    return field if field.shape[1] > 0 and field[0, 0].is_contiguous() else field.contiguous()
 
 
 def _reals(dtype: torch.dtype, *values: float) -> tuple:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def inner(u: Tensor, v: Tensor) -> Tensor:
     """<u_i, v_i> for contiguous u and v ``(B, *image)``, float64 ``(B,)``."""
     products = torch.empty(len(u), dtype=torch.float64)
     kernel = function("inner", u.dtype)
-    kernel(pointer(u), pointer(v), pointer(products), *integers(len(u), u[0].numel()), threads())
+    kernel(pointer(u), pointer(v), pointer(products), *_sizes(u), threads())
     return products
 
 
@@ -32,5 +34,10 @@ def advance(q: Tensor, r: Tensor, p: Tensor, product: Tensor, step: Tensor, rz: 
     squares = torch.empty_like(rz)
     kernel = function("advance", q.dtype)
     vectors = tuple(pointer(v) for v in (q, r, p, product, step, rz, squares))
-    kernel(*vectors, *integers(len(q), q[0].numel()), threads())
+    kernel(*vectors, *_sizes(q), threads())
     return squares
+
+
+def _sizes(v: Tensor) -> tuple[ctypes.c_int64, ...]:
+    """Samples, and numbers in each of them."""
+    return integers(len(v), v.numel() // max(len(v), 1))
