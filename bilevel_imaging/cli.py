@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_imaging.config import RunConfig
+from bilevel_imaging.training.distributed import joined, launched
 
 CONFIG_FILE = "config.yaml"
 RUNS_FOLDER = Path("runs")
@@ -50,13 +51,19 @@ def guarded(
     try:
         return command(argv)
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+        _say(stopped)
         return 130
     except (ValueError, OSError, ArgumentError) as error:
         if os.environ.get("BILEVEL_DEBUG"):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        _say(f"error: {one_line(error)}")
         return 2
+
+
+def _say(text: str) -> None:
+    """One line on the terminal, from the first process if there are several."""
+    if launched()[0] == 0:
+        print(text, file=sys.stderr)
 
 
 def one_line(error: Exception) -> str:
@@ -131,14 +138,18 @@ def _train(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _train_parser()
     parsed = parser.parse_args(arguments)
-    if parsed.resume is not None:
+    resume = parsed.resume is not None
+    if resume:
         config, folder = _continued(parser, arguments, Path(parsed.resume).expanduser(), parsed.output)
     else:
         config = configuration(parser, parsed).resolved()
-        folder = new_folder(parsed.output, _run_name(parsed, config), RUN_FILES, RUN_EXISTS)
     from bilevel_imaging.training_run import train
 
-    return train(config, folder, resume=parsed.resume is not None)
+    with joined(config.problem.device) as processes:
+        if not resume:
+            name = _run_name(parsed, config)
+            folder = processes.first(lambda: new_folder(parsed.output, name, RUN_FILES, RUN_EXISTS))
+        return train(config, folder, resume=resume, processes=processes)
 
 
 def configuration(parser: Any, parsed: Any) -> RunConfig:

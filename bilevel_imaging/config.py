@@ -44,7 +44,8 @@ class DataConfig:
         random_patches: instead of so many fixed patches, cut ``upper.minibatch`` new ones for every step, turned and
             flipped at random, with new noise; for large folders and many steps of a first-order method.
         color: train on RGB instead of gray images; not in MRI.
-        batch_size: most images solved together; limits memory, does not change the result.
+        batch_size: most images solved together; limits memory, and changes results within their certificates only.
+            Under torchrun processes share the batches, which become smaller where some would have too little to do.
         max_images: use the first so many images of every set; 0 for all.
         eval_size: validation and test images are cropped to at most this height and width, pixels; to a square in
             tomography, and to patch_size with problem.data_weight frequencies or mask, whose weights are for that size.

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training import Trainer, TrainingResult
 from bilevel_imaging.training.checkpoints import atomic_write
 from bilevel_imaging.training.comparison import comparison_figure
+from bilevel_imaging.training.distributed import ALONE, Processes, shared_batch_size
 from bilevel_imaging.training.evaluation import Evaluation, GridSearch, baseline, evaluate, grid_search
 from bilevel_imaging.training.figures import save_figure
 from bilevel_imaging.training.filter_figures import regularizer_figures, regularizer_pictures
@@ -34,33 +35,42 @@ from bilevel_imaging.training.progress import format_interval
 from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.state import digest
 from bilevel_imaging.training.validation import Validator
+from bilevel_imaging.upper_level import FOLLOWING_METHODS
 
 CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.yaml", "data.json", "summary.json"
 REGULARIZER_FILE = "regularizer.safetensors"
 GRID_FILE = "grid_search.json"
+# these make the steps of the lower level themselves, of all images of a step
+ONE_PROCESS_METHODS = (*FOLLOWING_METHODS, "dfo_ls")
 
 
-def train(config: RunConfig, folder: Path, *, resume: bool = False) -> int:
+def train(config: RunConfig, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> int:
     """Train, export, evaluate and report.
 
     Args:
         config: resolved settings.
         folder: the run folder.
         resume: continue with what is in it.
+        processes: that share the training images, all of them in this function; the first one does the rest.
 
     Returns:
         exit code: 0; 1 if the training diverged; 130 if it was interrupted.
     """
     try:
-        data = assembly.training_data(config)
-        energy = assembly.make_energy(config)
-        objective = assembly.make_objective(config, energy, data, folder)
-        trainer = make_trainer(config, folder, objective)
-        _check_data(folder, data, resume)
-        write_config(folder, config)
+        data, config = processes.everywhere(
+            lambda: _shared_out(config, assembly.training_data(config), resume, processes)
+        )
+        objective = processes.everywhere(
+            lambda: assembly.make_objective(config, assembly.make_energy(config), data, folder)
+        )
+        objective.spread(processes)
+        trainer = processes.everywhere(lambda: make_trainer(config, folder, objective))
+        images = {"names": data.names, "digest": digest([x.cpu() for x in data.x])}
+        processes.check_same("training images", lambda: images)
+        processes.first(lambda: _begin(config, folder, images, resume))
     except BaseException:
         # a mistake in the settings must not leave an empty folder behind
-        if not resume and folder.is_dir() and not any(folder.iterdir()):
+        if processes.rank == 0 and not resume and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         raise
     if resume:
@@ -69,15 +79,49 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False) -> int:
     if result.status == "diverged":
         return 1
     with trainer.learned():
-        export(config, folder, objective)
-        if result.status == "interrupted":
-            return 130
-        summary = _summary(config, result, energy, _final_loss(objective, result))
-        if config.logging.evaluate:
-            summary |= _compared(config, folder, energy)
+        loss = None if result.status == "interrupted" else _final_loss(objective, result)
+        processes.first(lambda: _finish(config, folder, objective, result, loss))
+    return 130 if result.status == "interrupted" else 0
+
+
+def _shared_out(
+    config: RunConfig, data: ImagePairs | RandomPatches, resume: bool, processes: Processes
+) -> tuple[ImagePairs | RandomPatches, RunConfig]:
+    """The training images, and the settings with batches so small that every process has some."""
+    if processes.size > 1 and config.upper.method in ONE_PROCESS_METHODS:
+        raise ValueError(f"upper.method: {config.upper.method} runs in one process. Got {processes.size}.")
+    given = config.data.batch_size
+    size = shared_batch_size(data, config.upper.minibatch, given, processes, fixed=resume)
+    if size < given and processes.rank == 0:
+        print(
+            f"data.batch_size: {size} instead of {given}, so that {processes.size} processes share them.",
+            file=sys.stderr,
+        )
+    return data, replace(config, data=replace(config.data, batch_size=size))
+
+
+def _begin(config: RunConfig, folder: Path, images: dict[str, Any], resume: bool) -> None:
+    """The first files of the run folder."""
+    _check_data(folder, images, resume)
+    write_config(folder, config)
+
+
+def _finish(
+    config: RunConfig,
+    folder: Path,
+    objective: BilevelObjective | RandomPatchObjective,
+    result: TrainingResult,
+    loss: tuple[float, float, float] | None,
+) -> None:
+    """Export; after a run that was not interrupted also evaluate, and report."""
+    export(config, folder, objective)
+    if loss is None:
+        return
+    summary = _summary(config, result, objective.energy, loss)
+    if config.logging.evaluate:
+        summary |= _compared(config, folder, objective.energy)
     write_json(folder / SUMMARY_FILE, summary)
     print(report(summary, folder, len(summary["images"])))
-    return 0
 
 
 def _compared(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dict[str, Any]:
@@ -133,19 +177,18 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _check_data(folder: Path, data: ImagePairs | RandomPatches, resume: bool) -> None:
+def _check_data(folder: Path, images: dict[str, Any], resume: bool) -> None:
     """Remember the training images, and refuse to continue with others: that would not be bit for bit."""
-    current = {"names": data.names, "digest": digest([x.cpu() for x in data.x])}
     path = folder / DATA_FILE
     if resume and path.exists():
         try:
             saved = json.loads(path.read_text())
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        if saved != current:
+        if saved != images:
             raise DataError(f"{path}: the training images have changed since the run began. Start a new run.")
     else:
-        write_json(path, current)
+        write_json(path, images)
 
 
 def export(config: RunConfig, folder: Path, objective: BilevelObjective | RandomPatchObjective) -> None:

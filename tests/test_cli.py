@@ -31,7 +31,7 @@ from bilevel_imaging.data import Degradation, ImagePairs, photographs
 from bilevel_imaging.energies import FrequencyWeights, NoiseWeight, SamplingMask, VariationalEnergy
 from bilevel_imaging.export import load_regularizer, reconstruct, save_regularizer
 from bilevel_imaging.regularizers import NoiseConditional, TotalVariation
-from bilevel_imaging.training import BilevelObjective, load_latest, read_metrics
+from bilevel_imaging.training import BilevelObjective, evaluation, load_latest, read_metrics
 from bilevel_imaging.training.evaluation import evaluate, grid_search, image_metrics, viewable_pairs
 from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.validation import Validator
@@ -45,20 +45,19 @@ TINY = (
 ).split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Other processes on the same cores make two threads wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "tv"
     assert train_main([f"--output={folder}", "--upper.max_steps=4", *TINY]) == 0
     return folder
+
+
+@pytest.fixture
+def short_grid(monkeypatch):
+    """A grid search that tries three weights, for tests that compare nothing with the best one."""
+    monkeypatch.setattr(evaluation, "GRID", (0.003, 0.01))
+    monkeypatch.setattr(evaluation, "BASELINE_SMOOTHINGS", (0.01,))
+    monkeypatch.setattr(evaluation, "REFINEMENTS", 0)
 
 
 def fails(capsys, *arguments: str, command=train_main) -> str:
@@ -148,9 +147,13 @@ EVERYTHING = (
 ).split()
 
 
-@pytest.mark.parametrize("more", [[], EVERYTHING], ids=["fixed patches", "random patches"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], marks=pytest.mark.slow, id="fixed patches"), pytest.param(EVERYTHING, id="random patches")],
+)
 def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
-    minibatches = ["--upper.method=adam", "--upper.minibatch=1", "--upper.max_steps=80"]
+    minibatches = ["--upper.method=adam", "--upper.minibatch=1", "--upper.max_steps=40"]
     options = [*TINY, *minibatches, "--logging.evaluate=false", *more]
     killed = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--output={killed}", *options]
@@ -159,7 +162,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         records = read_metrics(killed / "metrics.jsonl")
-        if records and records[-1]["step"] > 12:
+        if records and records[-1]["step"] > 6:
             break
         time.sleep(0.005)
     process.kill()
@@ -169,7 +172,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
     assert train_main([f"--output={tmp_path / 'whole'}", *options]) == 0
     assert_same_parameters(killed, tmp_path / "whole")
     steps = [r["step"] for r in read_metrics(killed / "metrics.jsonl") if r["kind"] == "step"]
-    assert steps == list(range(1, 81))
+    assert steps == list(range(1, 41))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +250,7 @@ def test_mistakes_with_an_existing_run(run, capsys, tmp_path):
     assert "no images found" in fails(capsys, str(run), f"--data={tmp_path}", command=evaluate_main)
 
 
+@pytest.mark.slow
 def test_random_patches_from_end_to_end(tmp_path, capsys):
     folder = tmp_path / "run"
     options = ["--upper.method=adam", "--upper.minibatch=3", "--upper.max_steps=4", "--logging.validate_images=1"]
@@ -322,13 +326,17 @@ def test_damaged_runs(capsys, tmp_path):
     assert "config.yaml" in fails(capsys, f"--resume={folder}")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[] if p.stem == "tv_denoise" else [pytest.mark.slow], id=p.stem) for p in CONFIGS],
+)
 def test_shipped_configurations_run(path, tmp_path):
     options = [*TINY, "--upper.max_steps=1", "--logging.evaluate=false"]
     assert train_main([f"--config={path}", f"--output={tmp_path / 'run'}", *options]) == 0
 
 
-def test_data_weights_from_end_to_end(tmp_path, capsys):
+@pytest.mark.slow
+def test_data_weights_from_end_to_end(tmp_path, capsys, short_grid):
     sampling, noise = tmp_path / "sampling", tmp_path / "noise"
     mask = ["--problem.kind=mri", "--problem.acceleration=1", "--problem.data_weight=mask"]
     adam = ["--upper.method=adam", "--upper.max_steps=3", "--upper.sampling_penalty=5", "--upper.lr=0.3"]
@@ -404,8 +412,9 @@ def test_relative_accuracy_is_that_of_loss_and_penalty_together():
     assert result.certified and result.bound <= 0.5 * result.norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["valid", "reflect"])
-def test_paddings_run(padding, tmp_path):
+def test_paddings_run(padding, tmp_path, short_grid):
     options = ["--problem.kind=deblurring", f"--problem.padding={padding}", "--upper.max_steps=2"]
     assert (
         train_main([f"--output={tmp_path / 'run'}", *TINY, *options, "--problem.sigma=0.02", "--data.max_images=1"])
@@ -415,8 +424,9 @@ def test_paddings_run(padding, tmp_path):
     assert summary["psnr"]["learned"] > summary["psnr"]["measurement"] > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["super_resolution", "tomography", "mri"])
-def test_random_patches_of_every_operator(kind, tmp_path):
+def test_random_patches_of_every_operator(kind, tmp_path, short_grid):
     options = ["--upper.method=adam", "--upper.minibatch=2", "--upper.max_steps=2", "--data.random_patches=true"]
     problem = [f"--problem.kind={kind}", "--problem.views=9", "--problem.sigma=0.01", "--regularizer.weight=0.003"]
     assert train_main([f"--output={tmp_path / 'run'}", *TINY, *options, *problem]) == 0

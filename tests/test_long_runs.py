@@ -203,6 +203,7 @@ def trainer(folder: Path, steps: int, total: int, objective=None, **options) -> 
     return Trainer(objective, long_method(total), folder, max_steps=steps, **settings)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_for_bit_with_everything_on(tmp_path):
     total = 18
     whole = trainer(tmp_path / "whole", total, total)

@@ -419,6 +419,7 @@ def newest_step(folder: Path) -> int:
     return load_latest(folder / "checkpoints")[0]["step"]
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path):
     steps, done = 150, 0
     for _ in range(3):
@@ -440,6 +441,7 @@ def test_sigkill_at_random_moments(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_second_one_stops_at_once(tmp_path):
     process = start(tmp_path, 20, 0.3)
     wait_for_steps(process, tmp_path, 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.training.state import digest, to_plain
 
 FORMAT = 1
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -96,6 +99,7 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = keep
         self.last_valid: Path | None = None
+        self._failing = False  # the last one could not be saved, which was reported
 
     def path(self, step: int) -> Path:
         """File of the checkpoint after ``step`` steps."""
@@ -126,6 +130,40 @@ class CheckpointStore:
                 with suppress(OSError):
                     old.unlink()
         return path
+
+    def try_save(self, state: dict[str, Any], step: int, say: Callable[[str], None]) -> bool:
+        """Save where that is possible: a full disk is reported once, and the next checkpoint is tried when it is due.
+
+        Args:
+            state: the whole state.
+            step: finished steps.
+            say: shows one line to the user.
+
+        Returns:
+            whether it was saved.
+
+        Raises:
+            CheckpointError: nothing can be written there from the start.
+        """
+        try:
+            self.save(state, step)
+        except OSError as error:
+            if self.last_valid is None and step == 0 and error.errno not in _DISK_FULL:
+                raise CheckpointError(f"Cannot write checkpoints to {self.folder}: {error.strerror}") from error
+            if not self._failing:
+                last = self.last_valid
+                kept = (
+                    "there is none yet"
+                    if last is None
+                    else f"that of step {int(_NAME.fullmatch(last.name)[1])} is kept"
+                )
+                say(f"Checkpoint of step {step} not saved: {error.strerror}; {kept}; training goes on.")
+            self._failing = True
+            return False
+        if self._failing:
+            say(f"Checkpoints are saved again, from step {step} on.")
+        self._failing = False
+        return True
 
     def load(self) -> tuple[dict[str, Any], Path]:
         """The newest readable state and its file; damaged newer files are skipped with a warning.

@@ -8,16 +8,21 @@ import threading
 from types import FrameType
 from typing import Any
 
+_STOPPING = b"\nStopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.\n"
+
 
 class SignalGuard:
     """Context manager: the first SIGINT or SIGTERM sets ``requested``; a SIGINT after that raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no handlers, and for signals that are ignored (``nohup``) it leaves
     everything as it is.
+
+    Args:
+        quiet: say nothing.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.requested, self.quiet = False, quiet
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalGuard:
@@ -38,5 +43,6 @@ class SignalGuard:
                 raise KeyboardInterrupt
             return  # schedulers repeat SIGTERM
         self.requested = True
-        # Plain os.write: print may be running when the signal arrives.
-        os.write(2, b"\nStopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.\n")
+        if not self.quiet:
+            # Plain os.write: print may be running when the signal arrives.
+            os.write(2, _STOPPING)

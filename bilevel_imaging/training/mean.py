@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver, Recycled
 from bilevel_imaging.lower_solvers import GradientDescent, LowerSolver, NewtonCG
+from bilevel_imaging.training.distributed import ALONE, Processes
 from bilevel_imaging.training.warm_starts import NoWarmStarts, WarmStarts
 from bilevel_imaging.upper_level import Samples, SamplingPenalty, SquaredError
 
@@ -47,22 +49,28 @@ def bind_batch(energy: VariationalEnergy, batch: Batch) -> LowerLevelProblem:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images solved together: their indices, lower-level problems and ``(B, C, H, W)`` true images."""
+    """Images solved together: their indices, lower-level problems and ``(B, C, H, W)`` true images.
+
+    ``number`` is the position among the chunks of which a mean is taken, in the order of all processes.
+    """
 
     indices: tuple[int, ...]
     problem: LowerLevelProblem
     x_true: Tensor
+    number: int = 0
 
 
 class MeanObjective(abc.ABC):
     """F(theta) = mean over images of loss(x_i*(theta), x_i): hypergradients of the chunks that a subclass chooses.
+
+    Several processes can share the chunks: see :meth:`spread`.
 
     Args:
         energy: the lower-level energy; its trainable parameters are theta, changed in place by a method.
         loss: upper-level loss, ``None`` for :class:`SquaredError`.
         lower: lower-level solver, ``None`` for Newton-CG.
         linear: adjoint solver, ``None`` for conjugate gradients.
-        batch_size: most images solved together, ``None`` for 64; never changes a result by more than rounding.
+        batch_size: most images solved together, ``None`` for 64; changes results within their certificates only.
         certificate: passed to :func:`bilevel_imaging.hypergradient`.
         warm: where the starts of the solvers are kept.
         penalty: of theta, added to F; ``None`` for none.
@@ -88,14 +96,32 @@ class MeanObjective(abc.ABC):
         self.certificate = certificate
         self.warm = warm
         self.penalty = penalty
+        self.processes: Processes = ALONE
+
+    def spread(self, processes: Processes) -> None:
+        """Solve a share of the chunks only, before the first step: values and hypergradients stay those of all images.
+
+        All processes then see the same numbers, and their costs add up. They ask for the same things in the same
+        order; every one has all images. Points and adjoints stay where they were computed: in a hypergradient those of
+        other processes are left out.
+
+        Args:
+            processes: of the run.
+        """
+        self.processes = processes
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether an image comes to another process the next time, so that all of them keep all warm starts."""
+        return False
 
     @abc.abstractmethod
     def _next_chunks(self) -> list[Chunk]:
-        """What the next hypergradient is the mean of."""
+        """What the next hypergradient is the mean of: the share of this process."""
 
     @abc.abstractmethod
     def _all_chunks(self) -> Iterable[Chunk]:
-        """All images.
+        """All images: the share of this process.
 
         Raises:
             ValueError: there are endlessly many.
@@ -105,8 +131,8 @@ class MeanObjective(abc.ABC):
     def constants(self) -> Constants:
         """Constants of the lower-level problem of one image at the current theta."""
 
-    def _chunk(self, batch: Batch) -> Chunk:
-        return Chunk(tuple(batch.indices.tolist()), bind_batch(self.energy, batch), batch.x)
+    def _chunk(self, batch: Batch, number: int = 0) -> Chunk:
+        return Chunk(tuple(batch.indices.tolist()), bind_batch(self.energy, batch), batch.x, number)
 
     def _start(self, chunk: Chunk) -> Tensor | None:
         """Where to start x: where it was, or at the start of the problem for images that were never solved."""
@@ -144,19 +170,25 @@ class MeanObjective(abc.ABC):
         return result
 
     def _relative(self, chunks: list[Chunk], relative: float) -> Hypergradient:
-        result = self._penalized(average(*self._pass(chunks, relative=relative)))
-        for _ in range(MAX_PASSES - 1 if len(chunks) > 1 or self.penalty is not None else 0):
+        parts, sizes = self._pass(chunks, relative=relative)
+        result = self._penalized(average(parts, sizes))
+        for _ in range(MAX_PASSES - 1 if len(parts) > 1 or self.penalty is not None else 0):
             if not result.certified or result.bound <= relative * result.norm:
                 break
             cost = result.cost
-            parts = self._pass(chunks, bound_tol=0.9 * relative * result.norm)
-            result = self._penalized(average(*parts, earlier=cost))
+            parts, sizes = self._pass(chunks, bound_tol=0.9 * relative * result.norm)
+            result = self._penalized(average(parts, sizes, earlier=cost))
         if result.certified and result.bound <= relative * result.norm:
             return replace(result, reason="")  # what single batches fell short of does not matter
         return result
 
     def draw(self, *, everything: bool = False) -> list[Samples]:
         """See :class:`SampledObjective`; takes the minibatches in the same order as ``hypergradient``."""
+        if self.processes.size > 1:
+            raise ValueError(
+                "Expected one process for a method that makes the steps of the lower level itself. Got "
+                f"{self.processes.size}: choose another method, or start it without torchrun."
+            )
         if isinstance(self.warm, NoWarmStarts):
             raise ValueError(
                 "Expected an objective that keeps the points of its images between steps. Got one without warm starts: "
@@ -218,22 +250,40 @@ class MeanObjective(abc.ABC):
         return h if self.penalty is None else self.penalty.added_to(h)
 
     def _pass(self, chunks: list[Chunk], **accuracy: Any) -> tuple[list[Hypergradient], list[int]]:
-        parts = []
-        for chunk in chunks:
-            part = hypergradient(
-                chunk.problem,
-                self.loss,
-                chunk.x_true,
-                lower=self.lower,
-                linear=self.linear,
-                x0=self._start(chunk),
-                q0=self._adjoints(chunk),
-                certificate=self.certificate,
-                **accuracy,
-            )
+        """Hypergradients of the chunks of all processes, in their order, and numbers of images."""
+        gathered = self.processes.gather(lambda: [self._solved(chunk, accuracy) for chunk in chunks])
+        solved = sorted(itertools.chain.from_iterable(gathered), key=lambda entry: entry[0])
+        if self.exchanges:
+            for _, indices, part in solved:
+                self.warm.put(indices, part.x, part.q)
+        return [part for _, _, part in solved], [len(indices) for _, indices, _ in solved]
+
+    def _solved(self, chunk: Chunk, accuracy: dict[str, Any]) -> tuple[int, tuple[int, ...], Hypergradient]:
+        """Number, indices and hypergradient of a chunk, without what other processes have no use for."""
+        part = hypergradient(
+            chunk.problem,
+            self.loss,
+            chunk.x_true,
+            lower=self.lower,
+            linear=self.linear,
+            x0=self._start(chunk),
+            q0=self._adjoints(chunk),
+            certificate=self.certificate,
+            **accuracy,
+        )
+        if not self.exchanges:
             self.warm.put(chunk.indices, part.x, part.q)
-            parts.append(part)
-        return parts, [len(chunk.indices) for chunk in chunks]
+        if self.processes.size > 1:
+            part = _without_images(part, keep_points=self.exchanges)
+        return chunk.number, chunk.indices, part
+
+
+def _without_images(h: Hypergradient, *, keep_points: bool) -> Hypergradient:
+    """The same with batches of no image in place of those of points and adjoints; ``keep_points`` keeps one of each."""
+    empty = h.x.new_empty(0, *h.x.shape[1:])
+    points = {} if keep_points else {"x": empty, "q": empty}
+    solves: dict[str, Any] = {"lower": {"x": empty}, "linear": {"q": empty, "residual": None, "memory": None}}
+    return replace(h, **points, **{name: replace(getattr(h, name), **values) for name, values in solves.items()})
 
 
 def _stacked(tensors: Sequence[Tensor | None], like: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class RandomPatchObjective(MeanObjective):
         loss: upper-level loss, ``None`` for :class:`SquaredError`.
         lower: lower-level solver, ``None`` for Newton-CG.
         linear: adjoint solver, ``None`` for conjugate gradients.
-        batch_size: most images solved together; never changes a result by more than rounding.
+        batch_size: most images solved together; changes results within their certificates only.
         certificate: passed to :func:`bilevel_imaging.hypergradient`.
         penalty: of theta, added to F; ``None`` for none.
 
@@ -71,7 +71,8 @@ class RandomPatchObjective(MeanObjective):
     def _next_chunks(self) -> list[Chunk]:
         batch = self.patches.batch(self.taken)
         self.taken += 1
-        return [self._chunk(part) for part in batch.split(self.batch_size)]
+        parts = batch.split(self.batch_size)
+        return [self._chunk(parts[n], n) for n in self.processes.share([len(part.indices) for part in parts])]
 
     def constants(self) -> Constants:
         return self._chunk(self.patches.batch(0).split(1)[0]).problem.constants()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
+from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.training import figures
 from bilevel_imaging.training.metrics_log import MetricsLog, read_metrics
 from bilevel_imaging.training.progress import Progress
@@ -58,7 +61,39 @@ def step_record(report: StepReport, step: int, cost: Cost, seconds: float, theta
     }
 
 
-class RunLog:
+def not_finite(report: StepReport, theta: Mapping[str, Tensor]) -> list[str]:
+    """Names of what is not finite after a step."""
+    values = (("loss", report.loss), ("hypergradient", report.grad_norm))
+    bad = [name for name, value in values if not math.isfinite(value)]
+    return bad + [name for name, tensor in theta.items() if not bool(torch.isfinite(tensor).all())]
+
+
+class NoLog:
+    """The log of the processes that write nothing."""
+
+    def message(self, text: str) -> None:
+        """One line on the terminal."""
+
+    def step(self, record: Mapping[str, Any], theta: Mapping[str, Tensor]) -> None:
+        """Log one finished step."""
+
+    def validation(self, values: Mapping[str, float], step: int, theta: Mapping[str, Tensor]) -> None:
+        """Log the values of one validation."""
+
+    def images(self, images: Mapping[str, Tensor], step: int) -> None:
+        """Log pictures; the last ones also become ``pictures/reconstructions.png`` at the end."""
+
+    def flush(self) -> None:
+        """Before a checkpoint: everything up to this step is on the disk."""
+
+    def finish(self, loss: float, validation: Mapping[str, float], step: int) -> None:
+        """At the end of ``fit``: hyperparameter metrics and the pictures; drawing them in between would cost time."""
+
+    def close(self) -> None:
+        """Close everything; safe after a failure."""
+
+
+class RunLog(NoLog):
     """Logging that never ends a run: a sink that fails says so in one line.
 
     Args:
@@ -95,33 +130,27 @@ class RunLog:
             self._guard("TensorBoard events", lambda: self._open_board(config, step if resumed else None))
 
     def message(self, text: str) -> None:
-        """One line on the terminal."""
         self._progress.message(text)
 
     def step(self, record: Mapping[str, Any], theta: Mapping[str, Tensor]) -> None:
-        """Log one finished step."""
         self._guard(METRICS_FILE, lambda: self._metrics.append(record))
         self._to_board(lambda board: board.log_step(record, theta))
         self._progress.update(record, self._validation)
 
     def validation(self, values: Mapping[str, float], step: int, theta: Mapping[str, Tensor]) -> None:
-        """Log the values of one validation."""
         self._validation = values
         self._guard(METRICS_FILE, lambda: self._metrics.append({"kind": "validation", "step": step, **values}))
         self._to_board(lambda board: board.log_validation(values, step, theta))
 
     def images(self, images: Mapping[str, Tensor], step: int) -> None:
-        """Log pictures; the last ones also become ``pictures/reconstructions.png`` at the end."""
         self._to_board(lambda board: board.log_images(images, step))
         self._images = {name: picture.detach().cpu() for name, picture in images.items()}
 
     def flush(self) -> None:
-        """Before a checkpoint: everything up to this step is on the disk."""
         self._guard(f"{METRICS_FILE} to the disk", self._metrics.sync)
         self._to_board(lambda board: board.flush())
 
     def finish(self, loss: float, validation: Mapping[str, float], step: int) -> None:
-        """At the end of ``fit``: hyperparameter metrics and the pictures; drawing them in between would cost time."""
         self._progress.close()
         self._to_board(lambda board: board.log_result(loss, validation, step))
         folder = self.folder / PICTURES_FOLDER
@@ -134,7 +163,6 @@ class RunLog:
             self._guard("reconstructions.png", lambda: figures.save_figure(pictures, folder / "reconstructions.png"))
 
     def close(self) -> None:
-        """Close everything; safe after a failure."""
         self._progress.close()
         self._guard(METRICS_FILE, self._metrics.close)
         self._to_board(lambda board: board.close())
@@ -167,3 +195,24 @@ class RunLog:
             return False
         self._failed.discard(what)
         return True
+
+
+def open_log(writes: bool, folder: Path, config: Mapping[str, Any], **options: Any) -> NoLog:
+    """The log of a run in its folder, which is made if needed; one that keeps nothing if not ``writes``.
+
+    Args:
+        writes: whether this process does.
+        folder: the run folder.
+        config: nested settings.
+        **options: of :class:`RunLog`.
+
+    Raises:
+        CheckpointError: the folder is not writable.
+    """
+    if not writes:
+        return NoLog()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return RunLog(folder, config, **options)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write to the run folder {folder}: {error.strerror}") from error

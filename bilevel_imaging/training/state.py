@@ -23,6 +23,9 @@ class TrainableObjective(Objective, Protocol):
 
     ``theta`` holds the live tensors: methods and the restore below change them in place. They are saved separately,
     so the state below is everything else on which the next step depends: warm starts by image, batch order, counters.
+
+    An objective that several processes share says so by an attribute ``processes``. It may have a method
+    ``whole_state_dict``, called in all of them together, that returns the state of all of them in the first one.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,6 +143,8 @@ def full_state(
 ) -> dict[str, Any]:
     """The whole state at a step boundary. Changes nothing; tensors are live, so save or clone it before going on.
 
+    Of several processes the first one gets it; the others help to make it.
+
     Args:
         objective: gives theta and warm starts.
         method: gives its own state (step sizes, accuracies, momenta).
@@ -153,7 +158,7 @@ def full_state(
         "step": step,
         "theta": dict(objective.theta),
         "method": {"class": type(method).__name__, "state": method.state_dict()},
-        "objective": objective.state_dict(),
+        "objective": getattr(objective, "whole_state_dict", objective.state_dict)(),
         "cost": asdict(cost),
         "seconds": seconds,
         "rng": rng_state(),

@@ -5,7 +5,6 @@ What a step computes never depends on time, on validation or on the schedule of 
 
 from __future__ import annotations
 
-import errno
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,23 +16,32 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.training.checkpoints import CheckpointStore
+from bilevel_imaging.training.distributed import ALONE, Processes
 from bilevel_imaging.training.interrupts import SignalGuard
 from bilevel_imaging.training.metrics_log import truncate_metrics
 from bilevel_imaging.training.result import TrainingResult
-from bilevel_imaging.training.run_log import METRICS_FILE, RunLog, step_record
-from bilevel_imaging.training.state import TrainableObjective, full_state, preserved, restore_state, restore_theta
+from bilevel_imaging.training.run_log import METRICS_FILE, NoLog, not_finite, open_log, step_record
+from bilevel_imaging.training.state import (
+    TrainableObjective,
+    digest,
+    full_state,
+    preserved,
+    restore_state,
+    restore_theta,
+)
 from bilevel_imaging.upper_level.base import StepReport, UpperLevelMethod
 
 CHECKPOINT_FOLDER = "checkpoints"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Trainer:
     """Runs an upper-level method on an objective and keeps a run folder.
 
     The folder holds ``checkpoints/step-*.pt``, ``metrics.jsonl``, TensorBoard events and ``pictures/*.png``.
+
+    Several processes that share an objective each have a trainer, on one folder: the first one alone validates, writes
+    and shows; a signal to any of them stops all after the same step; and what fails in one of them ends all.
 
     Args:
         objective: gives values and hypergradients; ``theta`` is changed in place.
@@ -80,6 +88,7 @@ class Trainer:
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"Expected {name} as an integer >= {least}. Got {value!r}.")
         self.objective, self.method, self.run_dir = objective, method, Path(run_dir)
+        self.processes: Processes = getattr(objective, "processes", ALONE)
         self.max_steps = max_steps
         self.validate, self.validate_every, self.log_images = validate, validate_every, log_images
         self.checkpoint_every = checkpoint_every
@@ -98,7 +107,6 @@ class Trainer:
         self._saved: int | None = None  # step of the newest checkpoint of this run
         self._consistent = True  # False from the start of a step until its state can be trusted
         self._started = False
-        self._failing = False  # the last checkpoint could not be saved, which was reported
         self._clock = 0.0
 
     def resume(self, *, missing_ok: bool = False) -> int:
@@ -114,17 +122,29 @@ class Trainer:
         Raises:
             CheckpointError: there is no readable checkpoint, or it does not fit objective or method.
         """
+        path = self.processes.everywhere(lambda: self._restore(missing_ok))
+        self.processes.check_same("checkpoint", lambda: self.step)
+        self.processes.first(lambda: self._cut_back(path))
+        return self.step
+
+    def _restore(self, missing_ok: bool) -> Path | None:
+        """Read the newest checkpoint; its file, ``None`` where there is none."""
         if missing_ok and not self.store.paths():
-            truncate_metrics(self.run_dir / METRICS_FILE, -1, -1)
-            return 0
+            return None
         state, path = self.store.load()
         restore_state(state, self.objective, self.method, self.generators, str(path))
-        self.store.set_aside_after(path)
         self.step, self.cost, self.seconds = state["step"], Cost(**state["cost"]), state["seconds"]
         self._run = dict(state["run"])
         self._saved, self._consistent, self._started = self.step, True, True
-        truncate_metrics(self.run_dir / METRICS_FILE, self.step, self._run["validated"])
-        return self.step
+        return path
+
+    def _cut_back(self, path: Path | None) -> None:
+        """Drop what was written after the checkpoint."""
+        if path is None:
+            truncate_metrics(self.run_dir / METRICS_FILE, -1, -1)
+        else:
+            self.store.set_aside_after(path)
+            truncate_metrics(self.run_dir / METRICS_FILE, self.step, self._run["validated"])
 
     def fit(self) -> TrainingResult:
         """Train until ``max_steps``, until the method stops, or until Ctrl-C.
@@ -137,9 +157,10 @@ class Trainer:
             CheckpointError: the folder is not writable.
             KeyboardInterrupt: second Ctrl-C.
         """
-        self._check_start()
+        self.processes.first(self._check_start)
         self._clock = time.perf_counter() - self.seconds  # now - clock is the time of the whole run
-        with SignalGuard() as guard, closing(self._open_log()) as log:
+        quiet = self.processes.rank > 0
+        with SignalGuard(quiet=quiet) as guard, closing(self.processes.everywhere(self._open_log)) as log:
             status, reason = self._loop(log, guard)
             log.finish(self._run["loss"][0], self._run["validation"], self.step)
         return self._result(status, reason)
@@ -156,21 +177,10 @@ class Trainer:
                 restore_theta(self.objective.theta, theta, "memory")
             yield
 
-    def _open_log(self) -> RunLog:
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            log = RunLog(
-                self.run_dir,
-                self.config,
-                total=self.max_steps,
-                step=self.step,
-                resumed=self._started,
-                validation=self._run["validation"],
-                tensorboard=self.tensorboard,
-                progress=self.progress,
-            )
-        except OSError as error:
-            raise CheckpointError(f"Cannot write to the run folder {self.run_dir}: {error.strerror}") from error
+    def _open_log(self) -> NoLog:
+        options = {"validation": self._run["validation"], "tensorboard": self.tensorboard, "progress": self.progress}
+        steps = {"total": self.max_steps, "step": self.step, "resumed": self._started}
+        log = open_log(self.processes.rank == 0, self.run_dir, self.config, **steps, **options)
         self._started = True
         return log
 
@@ -181,19 +191,20 @@ class Trainer:
         if not self._consistent:
             raise ValueError("The last fit was broken off within a step. Call resume() to go back to its checkpoint.")
 
-    def _loop(self, log: RunLog, guard: SignalGuard) -> tuple[str, str]:
+    def _loop(self, log: NoLog, guard: SignalGuard) -> tuple[str, str]:
         """Steps with what is due between them; returns status and reason."""
         if self._saved is None:
             self._save(log)
         while True:
             done = self.step >= self.max_steps or bool(self._run["stop"])
-            if not guard.requested:
+            if not self.processes.any(guard.requested):
                 self._validate(log, done)
             self.seconds = time.perf_counter() - self._clock
-            due = done or guard.requested or self.step % self.checkpoint_every == 0
+            stop_asked = self.processes.any(guard.requested)
+            due = done or stop_asked or self.step % self.checkpoint_every == 0
             if due and self._saved != self.step:
                 self._save(log)
-            if guard.requested:
+            if stop_asked:
                 reason = f"Interrupted after step {self.step}. Continue with: --resume {self.run_dir}"
                 log.message(reason)
                 return "interrupted", reason
@@ -204,19 +215,19 @@ class Trainer:
                 log.message(problem)
                 return "diverged", problem
 
-    def _advance(self, log: RunLog) -> str:
+    def _advance(self, log: NoLog) -> str:
         """One step; returns what is not finite, in words, or ""."""
         self._consistent = False
         report = self.method.step(self.objective)
+        # on machines that round differently the processes could go apart
+        self.processes.check_same("parameters", lambda: digest(dict(self.objective.theta)))
         self.step += 1
         self.cost = self.cost + report.cost
         self.seconds = time.perf_counter() - self._clock
         record = step_record(report, self.step, self.cost, self.seconds, self.objective.theta)
         self._note(report, record)
         log.step(record, self.objective.theta)
-        bad = [n for n, v in (("loss", report.loss), ("hypergradient", report.grad_norm)) if not math.isfinite(v)]
-        bad += [name for name, t in self.objective.theta.items() if not bool(torch.isfinite(t).all())]
-        if bad:
+        if bad := not_finite(report, self.objective.theta):
             kept = f"step {self._saved} in {self.store.folder}" if self._saved is not None else "none"
             return (
                 f"Stopped at step {self.step}: not finite: {', '.join(bad)}. Last good checkpoint: {kept}. Try a "
@@ -235,20 +246,26 @@ class Trainer:
         self._run["loss"] = [report.loss, report.loss_lower, report.loss_upper]
         self._run["stop"] = report.stop
 
-    def _validate(self, log: RunLog, done: bool) -> None:
+    def _validate(self, log: NoLog, done: bool) -> None:
         """Validate and draw if this step is due and was not validated yet; changes nothing the next step sees."""
         due = done or (self.validate_every > 0 and self.step % self.validate_every == 0)
         if not due or self._run["validated"] == self.step or (self.validate is None and self.log_images is None):
             return
         with self.learned():
-            if self.validate is not None:
-                self._run["validation"] = {name: float(value) for name, value in self.validate().items()}
-                log.validation(self._run["validation"], self.step, self.objective.theta)
-            if self.log_images is not None:
-                log.images(self.log_images(), self.step)
+            self._run["validation"] = self.processes.first(lambda: self._look(log))
         self._run["validated"] = self.step
 
-    def _save(self, log: RunLog) -> None:
+    def _look(self, log: NoLog) -> dict[str, float]:
+        """Validate and draw; the values of the last validation."""
+        values = self._run["validation"]
+        if self.validate is not None:
+            values = {name: float(value) for name, value in self.validate().items()}
+            log.validation(values, self.step, self.objective.theta)
+        if self.log_images is not None:
+            log.images(self.log_images(), self.step)
+        return values
+
+    def _save(self, log: NoLog) -> None:
         """Checkpoint; a full disk is reported once, and the next one is tried when it is due."""
         log.flush()
         state = full_state(
@@ -260,19 +277,8 @@ class Trainer:
             generators=self.generators,
             run=self._run,
         )
-        try:
-            self.store.save(state, self.step)
-        except OSError as error:
-            if self._saved is None and self.step == 0 and error.errno not in _DISK_FULL:
-                raise CheckpointError(f"Cannot write checkpoints to {self.store.folder}: {error.strerror}") from error
-            if not self._failing:
-                kept = f"that of step {self._saved} is kept" if self._saved is not None else "there is none yet"
-                log.message(f"Checkpoint of step {self.step} not saved: {error.strerror}; {kept}; training goes on.")
-            self._failing = True
-        else:
-            if self._failing:
-                log.message(f"Checkpoints are saved again, from step {self.step} on.")
-            self._saved, self._failing = self.step, False
+        if self.processes.first(lambda: self.store.try_save(state, self.step, log.message)):
+            self._saved = self.step
 
     def _result(self, status: str, reason: str) -> TrainingResult:
         loss, lower, upper = self._run["loss"]

@@ -28,6 +28,9 @@ class WarmStarts:
         self.x: dict[int, Tensor] = {}
         self.q: dict[int, Tensor] = {}
 
+    def open(self) -> None:
+        """Make what they are kept in, before others use it too."""
+
     def points(self, indices: Sequence[int]) -> list[Tensor | None]:
         """The last lower-level points of the images, ``None`` where there is none."""
         return [self.x.get(i) for i in indices]
@@ -89,6 +92,9 @@ class DiskWarmStarts(WarmStarts):
         # opened at the first use: a mistake found before the first step leaves no files behind
         self.folder.mkdir(parents=True, exist_ok=True)
         return {name: _map(self.folder / f"{name}.bin", *layout) for name, layout in self._layout.items()}
+
+    def open(self) -> None:
+        self._files  # noqa: B018 (made when they are asked for)
 
     def points(self, indices: Sequence[int]) -> list[Tensor | None]:
         return [self._read("x", i) for i in indices]
