@@ -125,7 +125,8 @@ class Point:
     @cached_property
     def metric_grad_norm(self) -> Tensor:
         """||G||_{M^-1} with rounding, ``(B,)`` float64."""
-        return self.metric.squared_norm(self.gradient).sqrt() + self.rounding / self.metric.lowest.sqrt()
+        metric = self._energy_metric
+        return metric.squared_norm(self.gradient).sqrt() + self.rounding / metric.lowest.sqrt()
 
     @cached_property
     def metric_mixed_norm(self) -> Tensor:
@@ -142,8 +143,8 @@ class Point:
         if self.constants.strong_convexity is None:
             return torch.full_like(self.grad_norm, torch.inf)
         bound = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
-        if self.metric is not None:
-            bound = torch.minimum(bound, self.metric_grad_norm / self.metric.lowest.sqrt())
+        if self._energy_metric is not None:  # asks for no column of J, which a value has no use for
+            bound = torch.minimum(bound, self.metric_grad_norm / self._energy_metric.lowest.sqrt())
         return torch.minimum(bound, self.energy_distance / self.constants.strong_convexity.double().sqrt())
 
     def dual_norm(self, v: Tensor) -> Tensor:

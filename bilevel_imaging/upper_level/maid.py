@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
@@ -16,25 +16,31 @@ from bilevel_imaging.upper_level.certified_steps import (
     certified_stationary,
     check_positive,
     check_range,
+    check_state,
     first_error_tol,
+    half_width,
     not_worth,
     report,
     require_all_images,
     value_with,
     within_certificate,
 )
-from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, flatten
-from bilevel_imaging.upper_level.step_sizes import LARGEST_FIRST_MOVE
+from bilevel_imaging.upper_level.plateaus import flat_moves
+from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, curvature_at_end, flatten
 
-# a trial value is first computed to this fraction of the distance that its interval would need by itself
+# factor of the accuracy of a trial value that decides nothing, and how often it is applied
 TIGHTEN, MAX_TIGHTENINGS, MAX_TRIALS = 0.1, 8, 25
+# the first value is so accurate that its half-width should be this part of the decrease that the slope promises; if
+# values before needed it, up to FINEST times as fine
+COARSEST, FINEST = 0.5, 0.01
+# half-widths over ||grad f|| error_tol are not counted on to be smaller: warm starts can be better than asked for
+SHARPEST = 1e-3
+# a trial that certainly decreases the loss by less than this part of what the slope promises is a wrong step
+SUFFICIENT = 0.1
 # factor of steps that are too short to tell what they do
 LENGTHEN = 10.0
-LARGEST_MOVE = 2.0
-# up to this many parameters, stationary points are checked for being plateaus
-FEW_PARAMETERS = 16
-# distance at which hypergradients beside a point give its Hessian, in log-parameters
-PROBE = 0.1
+# change of one parameter by the first step, and by any
+FIRST_MOVE, LARGEST_MOVE = 1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,14 @@ class MAID(UpperLevelMethod):
 
     After Salehi, Mukherjee, Roberts & Ehrhardt (2023). Where the paper tightens both accuracies whenever a line search
     fails, here every trial is accepted (F_hi(new) <= F_lo(old) - c t <h, P h>), rejected for sure
-    (F_lo(new) > F_hi(old) - c t <h, P h>), or undecided, and only undecided trials are tightened. Directions are
-    preconditioned by L-BFGS built from curvature that exceeds the certified errors. Accuracies and the first step
-    come from the problem: nothing needs tuning.
+    (F_lo(new) > F_hi(old) - t <h, P h> / 10: it can't be a good step), or undecided, and only undecided trials are
+    tightened. Directions are preconditioned by L-BFGS built from the curvature at the ends of the steps, where that
+    exceeds the certified errors. A loss is positive: no step is so long that its slope promises more than all of it.
+    Accuracies and the first step come from the problem: nothing needs tuning.
 
     Args:
-        relative: hypergradients are refined until bound <= relative * ||h|| (C = 1 - eta of the descent test), < 1.
+        relative: hypergradients are refined until bound <= relative * ||h|| (C = 1 - eta of the descent test), < 1;
+            typical errors are a hundred times smaller than their bounds.
         decrease: Armijo constant c, in (0, 1/2).
         tolerance: stop when the step predicted to be optimal lowers the loss by less than this fraction of it.
         memory: L-BFGS pairs; 0 for plain descent directions.
@@ -70,7 +78,7 @@ class MAID(UpperLevelMethod):
     def __init__(
         self,
         *,
-        relative: float = 0.1,
+        relative: float = 0.5,
         decrease: float = 1e-4,
         tolerance: float = 1e-6,
         memory: int = 10,
@@ -81,7 +89,7 @@ class MAID(UpperLevelMethod):
             ("relative", relative, 0.0, 1.0),
             ("decrease", decrease, 0.0, 0.5),
             ("tolerance", tolerance, 0.0, 1.0),
-            ("largest_move", largest_move, 0.0, float("inf")),
+            ("largest_move", largest_move, 0.0, math.inf),
         ):
             check_range(name, value, low, high)
         check_positive(stationarity_tol=stationarity_tol)
@@ -90,9 +98,10 @@ class MAID(UpperLevelMethod):
         self.relative, self.decrease, self.tolerance = relative, decrease, tolerance
         self.largest_move, self.stationarity_tol = largest_move, stationarity_tol
         self.inverse = InverseHessian(memory) if memory else None
-        self.growth = 1.0  # length of the next step in units of the quasi-Newton step
+        self.growth = 1.0  # length of the next step in units of the quasi-Newton step; inf for the longest allowed
         self.step_size = 0.0  # length t of the last accepted step along -P h; 0 before the first
         self.error_tol = 0.0  # accuracy of the last decisive value; 0 before the first
+        self.sharpness = 1.0  # half-width of that value over ||grad f|| error_tol: corrected values are far better
         self.previous: dict[str, Any] | None = None
 
     def step(self, objective: Objective) -> StepReport:
@@ -107,14 +116,15 @@ class MAID(UpperLevelMethod):
         if stop:
             return self._report(h, h, 0.0, 0, 0, 0.0, h.cost, stop)
         theta, flat = flatten(objective.theta), flatten(h.grad)
-        self._learn_curvature(theta, flat, h.bound)
+        self._learn_curvature(theta, flat, h)
         direction = self._direction(flat)
         slope = float(flat @ direction)
-        self.previous = {"theta": theta, "grad": flat, "bound": h.bound}
+        noise = half_width(value_with(h))
+        self.previous = {"theta": theta, "grad": flat, "bound": h.bound, "loss": h.loss, "noise": noise}
         stop = self._finished(h, slope)
         if stop:
             return self._look_around(objective, h, theta, stop)
-        first = self._first_step(direction)
+        first = self._first_step(h, direction, slope)
         return self._search(objective, h, theta, direction, slope, first)
 
     def _look_around(self, objective: Objective, h: Hypergradient, theta: Tensor, stop: str) -> StepReport:
@@ -123,14 +133,14 @@ class MAID(UpperLevelMethod):
         Smoothed total variation has one: for large smoothing only weight / smoothing matters, and both can fall
         together a long way before the loss does.
         """
-        moves, cost = self._flat_moves(objective, h, theta)
-        refinements = 0
+        moves, spent = flat_moves(objective, h, theta, length=self.largest_move, relative=self.relative)
+        cost, refinements = h.cost + spent, 0
         # so far away losses differ a lot: start coarse again instead of with the accuracy of the last line search
         self.error_tol, fine = 0.0, self.error_tol
         for number, move in enumerate(moves):
             assign(objective.theta, theta + move)
             # positive even where the loss is zero: a move that changes nothing is no progress
-            trial = self._try(objective, h, max(self.tolerance * abs(h.loss), 1e-300))
+            trial = self._try(objective, h, max(self.tolerance * abs(h.loss), 1e-300), math.inf)
             cost, refinements = cost + trial.value.cost, refinements + trial.refinements
             if trial.verdict == "accept":
                 if self.inverse is not None:
@@ -142,39 +152,19 @@ class MAID(UpperLevelMethod):
         self.error_tol = fine
         return self._report(h, h, 0.0, refinements, len(moves), 0.0, cost, stop)
 
-    def _flat_moves(self, objective: Objective, h: Hypergradient, theta: Tensor) -> tuple[list[Tensor], Cost]:
-        """Moves of length ``largest_move`` both ways along the eigenvectors of the Hessian, flattest first.
-
-        The Hessian comes from one hypergradient per parameter, a little beside theta: for few parameters only.
-        """
-        cost, n = h.cost, len(theta)
-        if n > FEW_PARAMETERS:
-            return [], cost
-        columns = []
-        for direction in torch.eye(n, dtype=torch.float64):
-            assign(objective.theta, theta + PROBE * direction)
-            beside = objective.hypergradient(relative=self.relative)
-            cost = cost + beside.cost
-            columns.append((flatten(beside.grad) - flatten(h.grad)) / PROBE)
-        hessian = torch.stack(columns)
-        if not bool(torch.isfinite(hessian).all()):
-            return [], cost
-        values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.T))
-        flattest_first = vectors.T[values.abs().argsort()]
-        lengths = self.largest_move / flattest_first.abs().amax(1, keepdim=True)
-        return [sign * move for move in lengths * flattest_first for sign in (-1.0, 1.0)], cost
-
-    def _learn_curvature(self, theta: Tensor, flat: Tensor, bound: float) -> None:
+    def _learn_curvature(self, theta: Tensor, flat: Tensor, h: Hypergradient) -> None:
         if self.inverse is None or self.previous is None:
             return
-        noise = bound + self.previous["bound"]
-        s = theta - self.previous["theta"]
-        if not (noise < float("inf") and float(s.norm()) > 0):
+        before = self.previous
+        s, noise = theta - before["theta"], h.bound + before["bound"]
+        if not (noise < math.inf and float(s.norm()) > 0):
             return
-        z = flat - self.previous["grad"]
-        self.inverse.update(s, z, noise)
-        # along negative curvature no pair can be kept and the step would stay as short as it is: lengthen it
-        self.growth = 2 * self.growth if float(s @ z) <= 0 else 1.0
+        rise, slopes = h.loss - before["loss"], float(s @ (flat + before["grad"]))
+        z = curvature_at_end(s, flat - before["grad"], rise, slopes, half_width(value_with(h)) + before["noise"])
+        if self.inverse.update(s, z, noise):
+            self.growth = 1.0
+        else:  # too little curvature to be seen, so that the next step would be as short again, or none
+            self.growth = LENGTHEN * self.growth if float(s @ z) > 0 else math.inf
 
     def _direction(self, flat: Tensor) -> Tensor:
         direction = flat if self.inverse is None else self.inverse.apply(flat)
@@ -184,12 +174,16 @@ class MAID(UpperLevelMethod):
             return flat.clone()
         return direction
 
-    def _first_step(self, direction: Tensor) -> float:
+    def _first_step(self, h: Hypergradient, direction: Tensor, slope: float) -> float:
         largest = float(direction.abs().max())
-        if self.inverse is not None and self.inverse.pairs:
+        if self.inverse is not None and (self.inverse.pairs or self.growth == math.inf):
             wanted = self.growth
         else:
-            wanted = 2 * self.step_size if self.step_size else LARGEST_FIRST_MOVE / largest
+            wanted = 2 * self.step_size
+            if self.inverse is not None or not wanted:  # one long step tells more of the curvature than many short ones
+                wanted = max(wanted, FIRST_MOVE / largest)
+        if h.loss > 0:
+            wanted = min(wanted, h.loss / slope)
         return min(wanted, self.largest_move / largest)
 
     def _finished(self, h: Hypergradient, slope: float) -> str:
@@ -199,14 +193,12 @@ class MAID(UpperLevelMethod):
     def _search(self, objective, h: Hypergradient, theta, direction, slope, t: float) -> StepReport:
         """Backtrack along -P h until a trial is certified to decrease the loss."""
         cost, refinements = h.cost, 0
-        value: CertifiedValue | None = None
         shortened = False
-        long_enough = LARGEST_FIRST_MOVE / float(direction.abs().max())
+        long_enough = FIRST_MOVE / float(direction.abs().max())
         for backtracks in range(MAX_TRIALS):
             assign(objective.theta, theta - t * direction)
-            trial = self._try(objective, h, self.decrease * t * slope)
-            cost, refinements = cost + trial.value.cost, refinements + trial.refinements
-            value = trial.value
+            trial = self._try(objective, h, self.decrease * t * slope, t * slope)
+            value, cost, refinements = trial.value, cost + trial.value.cost, refinements + trial.refinements
             if trial.verdict == "accept":
                 self.step_size = t
                 moved = t * float(direction.norm())
@@ -223,28 +215,36 @@ class MAID(UpperLevelMethod):
         stop = "no decrease of the loss can be certified any more along the negative hypergradient"
         if self.inverse is not None and self.inverse.pairs:
             self.inverse.reset()  # perhaps the curvature was wrong: the next step goes along -h
-            self.step_size, stop = 0.0, ""
+            self.step_size, self.growth, stop = 0.0, 1.0, ""
         return self._report(h, h, 0.0, refinements, backtracks, 0.0, cost, stop)
 
-    def _try(self, objective: Objective, h: Hypergradient, needed: float) -> _Trial:
-        """Tighten the value at the trial until it is certainly below or certainly not below the old loss - needed."""
+    def _try(self, objective: Objective, h: Hypergradient, needed: float, promised: float) -> _Trial:
+        """Tighten the value at the trial until it is certainly below the old loss - needed, or certainly too high.
+
+        Too high is a decrease of less than a part of what the slope ``promised``; where that is inf, of ``needed``.
+        """
         lower, upper = h.loss_interval
-        certified = h.certified and upper < float("inf")
-        # a coarser start, e.g. after a large drop of the loss, could decide nothing
-        error_tol = min(self.error_tol or float("inf"), first_error_tol(h))
+        certified = h.certified and upper < math.inf
+        wanted = max(needed, SUFFICIENT * promised) if promised < math.inf else needed
+        # coarser, or coarser than the last one after a large drop of the loss, could decide nothing
+        size = max(2 * abs(h.loss), 1e-12) ** 0.5  # about ||grad f||
+        coarsest = min(first_error_tol(h), COARSEST * promised / (size * self.sharpness))
+        error_tol = max(min(self.error_tol or math.inf, coarsest), FINEST * coarsest)
         total = Cost()
-        width = float("inf")
+        width = math.inf
         refinement = stalled = 0
         while True:
             value = objective.value(error_tol)
             total = total + value.cost
-            verdict = self._compare(value, lower - needed, upper - needed) if certified else ""
+            verdict = self._compare(value, lower - needed, upper - wanted) if certified else ""
             if not verdict:  # nothing is certified: compare the estimates
                 verdict = "accept" if value.value <= h.loss - needed else "reject"
             if verdict != "undecided":
                 # decisive with room to spare: the next value may be coarser
                 spare = certified and value.upper - value.lower < 0.1 * abs(h.loss - value.value)
                 self.error_tol = error_tol * (2 if spare else 1)
+                if certified:
+                    self.sharpness = min(max(half_width(value) / (size * error_tol), SHARPEST), 1.0)
                 break
             # warm starts can be more accurate than they were asked to be: the same solution may come again
             stalled = 0 if value.upper - value.lower < 0.5 * width else stalled + 1
@@ -259,7 +259,7 @@ class MAID(UpperLevelMethod):
 
     @staticmethod
     def _compare(value: CertifiedValue, lower: float, upper: float) -> str:
-        if value.upper == float("inf"):
+        if value.upper == math.inf:
             return ""
         if value.upper <= lower:
             return "accept"
@@ -282,21 +282,18 @@ class MAID(UpperLevelMethod):
             "growth": self.growth,
             "step_size": self.step_size,
             "error_tol": self.error_tol,
+            "sharpness": self.sharpness,
             "previous": self.previous,
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        missing = {"growth", "step_size", "error_tol", "previous", "inverse"} - set(state)
-        if missing:
-            raise ValueError(f"Expected a MAID state with {sorted(missing)}. Got {sorted(state)}.")
+        check_state(state, set(self.state_dict()), "MAID")
         if (state["inverse"] is None) != (self.inverse is None):
-            raise ValueError(
-                "Expected a state saved with the same kind of directions (memory 0 or more). Got the other."
-            )
-        self.growth, self.step_size = float(state["growth"]), float(state["step_size"])
-        self.error_tol = float(state["error_tol"])
+            raise ValueError("Expected a state of the same kind of directions (memory 0 or more). Got the other.")
+        for name in ("growth", "step_size", "error_tol", "sharpness"):
+            setattr(self, name, float(state[name]))
         self.previous = None if state["previous"] is None else dict(state["previous"])
         if self.inverse is not None:
             self.inverse.load_state_dict(state["inverse"])

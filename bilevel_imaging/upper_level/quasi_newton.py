@@ -9,6 +9,11 @@ from torch import Tensor
 
 from bilevel_imaging.tensors import entries
 
+# typical errors are this part of their worst-case bounds
+TYPICAL = 0.01
+# the curvature at the end of a step is trusted to be so many times the mean one, at most
+LARGEST_RATIO = 3.0
+
 
 class InverseHessian:
     """Two-loop L-BFGS (Nocedal 1980) from noisy gradients, in float64 on the CPU.
@@ -27,7 +32,7 @@ class InverseHessian:
 
     def update(self, s: Tensor, z: Tensor, noise: float) -> bool:
         """Add a pair; returns whether it was trusted."""
-        if not float(s @ z) > max(0.01 * noise * float(s.norm()), 1e-12 * float(s.norm() * z.norm())):
+        if not float(s @ z) > max(TYPICAL * noise * float(s.norm()), 1e-12 * float(s.norm() * z.norm())):
             return False
         self.pairs = [*self.pairs, (s, z)][-self.memory :]
         return True
@@ -58,6 +63,29 @@ class InverseHessian:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the pairs."""
         self.pairs = [(s.clone(), z.clone()) for s, z in state["pairs"]]
+
+
+def curvature_at_end(s: Tensor, z: Tensor, rise: float, slopes: float, noise: float) -> Tensor:
+    """z changed along s so that <s, z> is the curvature where the step s ended, not the mean of the curvatures on it.
+
+    The cubic through values and slopes at both ends has the second derivative <s, z> - 6 rise + 3 slopes there: the
+    modified secant equation of Zhang, Deng & Chen (1999). Of a positive mean curvature it is between a third and three
+    times.
+
+    Args:
+        s: change of the parameters, ``(n,)``, not 0.
+        z: change of the hypergradient, ``(n,)``.
+        rise: change of the loss.
+        slopes: <s, h> at the beginning plus <s, h> at the end.
+        noise: bound of the error of ``rise``; z itself is returned where typical errors would matter.
+    """
+    mean = float(s @ z)
+    end = mean - 6 * rise + 3 * slopes
+    if not 6 * TYPICAL * noise <= 0.1 * abs(end - mean):
+        return z
+    if mean > 0:
+        end = min(max(end, mean / LARGEST_RATIO), LARGEST_RATIO * mean)
+    return z + (end - mean) / float(s @ s) * s
 
 
 def flatten(values: dict[str, Tensor]) -> Tensor:

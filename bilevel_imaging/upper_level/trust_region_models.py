@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.upper_level.quasi_newton import TYPICAL
+
 # an update whose denominator is smaller than this part of what it could be is skipped (Nocedal & Wright 2006, (6.26))
 SMALLEST_DENOMINATOR = 1e-8
-# worst-case error bounds are so many times typical errors
-TYPICAL = 0.01
 
 
 class RankOneHessian:

@@ -1,0 +1,144 @@
+"""Whatever accuracy and step a method starts from, no accepted step raises the true loss beyond its own intervals.
+
+The true loss is that of a dense reference in extended precision, which shares nothing with the solvers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, reference
+from torch import Tensor
+
+import bilevel_imaging as bi
+from bilevel_imaging.data import Degradation, ImagePairs, extract_patches, photographs
+from bilevel_imaging.upper_level import HOAG, MAID, NoisyLineSearch, NoisyTrustRegion, PaperMAID, UpperLevelMethod
+from bilevel_imaging.upper_level.quasi_newton import assign, flatten
+
+STEPS = 4
+
+
+def _maid(error_tol: float, step: float) -> UpperLevelMethod:
+    return _as_if_left(MAID(), error_tol=error_tol, step_size=step / 2)
+
+
+def _paper_maid(error_tol: float, step: float) -> UpperLevelMethod:
+    return PaperMAID(lr=step, error_tol=error_tol, residual_tol=error_tol)
+
+
+def _hoag(error_tol: float, step: float) -> UpperLevelMethod:
+    return HOAG(lr=step, error_tol=error_tol)
+
+
+def _noisy_line_search(error_tol: float, step: float) -> UpperLevelMethod:
+    return _as_if_left(NoisyLineSearch(lr=step), error_tol=error_tol)
+
+
+def _noisy_trust_region(error_tol: float, step: float) -> UpperLevelMethod:
+    return _as_if_left(NoisyTrustRegion(radius=step), error_tol=error_tol)
+
+
+def _as_if_left(method: UpperLevelMethod, **state: float) -> UpperLevelMethod:
+    """What is no setting: as if a step before had ended with it."""
+    method.load_state_dict({**method.state_dict(), **state})
+    return method
+
+
+# by name: from a first accuracy and step; whether a decrease is certain, or only no increase beyond both intervals;
+# and what breaks its acceptance test
+METHODS: dict[str, tuple[Callable[[float, float], UpperLevelMethod], bool, tuple[type, str, object]]] = {
+    "maid": (_maid, True, (MAID, "_compare", "accept")),
+    "maid_paper": (_paper_maid, True, (PaperMAID, "_accepted", True)),
+    "hoag": (_hoag, False, (HOAG, "_raised", False)),
+    "noisy_line_search": (_noisy_line_search, False, (NoisyLineSearch, "_accepted", True)),
+    "noisy_trust_region": (_noisy_trust_region, False, (NoisyTrustRegion, "_accepted", True)),
+}
+
+
+@functools.cache
+def pairs() -> ImagePairs:
+    images = list(photographs(part="train").items())[:2]
+    return ImagePairs.build(extract_patches(images, 8, 1, seed=3), Degradation(sigma=0.1))
+
+
+class Watched(bi.BilevelObjective):
+    """Remembers the certified intervals at every theta."""
+
+    def __init__(self, weight: float, smoothing: float):
+        super().__init__(bi.VariationalEnergy(bi.TotalVariation(weight, smoothing)), pairs())
+        self.seen: list[tuple[Tensor, float, float]] = []
+
+    def value(self, error_tol):
+        value = super().value(error_tol)
+        self.seen.append((flatten(self.theta), value.lower, value.upper))
+        return value
+
+    def hypergradient(self, **accuracy):
+        h = super().hypergradient(**accuracy)
+        self.seen.append((flatten(self.theta), *h.loss_interval))
+        return h
+
+    def exact(self) -> tuple[float, float]:
+        """(F, its uncertainty) at the current theta."""
+        losses, uncertainties = [], []
+        for position in range(len(self.pairs)):
+            batch = self.pairs.batch([position])
+            problem = self.energy.bind(batch.y, batch.physics)
+            _, _, loss, uncertainty, _ = reference(Case("pair", self.energy, batch.physics, batch.y, batch.x, problem))
+            losses.append(float(loss))
+            uncertainties.append(float(uncertainty))
+        return sum(losses) / len(losses), max(uncertainties) + 1e-15 * sum(losses)
+
+
+def check(objective: Watched, method: UpperLevelMethod, *, certain: bool) -> int:
+    """Take steps; how many were accepted, or AssertionError where the true loss contradicts an interval or a step."""
+    accepted = 0
+    loss, uncertainty = objective.exact()
+    for _ in range(STEPS):
+        objective.seen.clear()
+        old = flatten(objective.theta)
+        report = method.step(objective)
+        before = [(lower, upper) for theta, lower, upper in objective.seen if torch.equal(theta, old)]
+        assert all(lower - uncertainty <= loss <= upper + uncertainty for lower, upper in before)
+        if not report.accepted:
+            assert torch.equal(flatten(objective.theta), old)
+        else:
+            new, new_uncertainty = objective.exact()
+            assert report.loss_lower - new_uncertainty <= new <= report.loss_upper + new_uncertainty
+            wide = max(upper - lower for lower, upper in before) + report.loss_upper - report.loss_lower
+            allowed = 0.0 if certain else wide
+            assert new <= loss + allowed + uncertainty + new_uncertainty, "the true loss went up"
+            loss, uncertainty, accepted = new, new_uncertainty, accepted + 1
+        if report.stop:
+            break
+    return accepted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_no_accepted_step_raises_the_loss(name):
+    build, certain, _ = METHODS[name]
+    accepted = 0
+    for seed in range(10):
+        rng = np.random.default_rng([seed, list(METHODS).index(name)])
+        accuracy, step = 10 ** rng.uniform(-6, 2), 10 ** rng.uniform(-4, 2)
+        objective = Watched(10 ** rng.uniform(-2.5, -0.5), 10 ** rng.uniform(-2, -0.5))
+        accepted += check(objective, build(accuracy, step), certain=certain)
+    assert accepted >= 15  # of 40 at most: the check is not empty
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_check_notices_a_broken_acceptance_test(name, monkeypatch):
+    # beside the best weight, where a move of two units of a logarithm can only raise the loss
+    build, certain, (kind, test, verdict) = METHODS[name]
+    objective = Watched(0.06, 0.03)
+    theta = flatten(objective.theta)
+    check(objective, build(1e-2, 1e2), certain=certain)
+    monkeypatch.setattr(kind, test, staticmethod(lambda *arguments: verdict))
+    assign(objective.theta, theta)
+    with pytest.raises(AssertionError, match="the true loss went up"):
+        check(objective, build(1e-2, 1e2), certain=certain)
