@@ -26,7 +26,7 @@ def ladders(task: Task, compiled: bool = False) -> list[Ladder]:
     """All ways, with eager or compiled kernels."""
     relative = [(f"relative={eta:g}", {"relative": eta}) for eta in RELATIVES]
     fixed = [(f"error_tol={e:g}", {"error_tol": e}) for e in ERROR_TOLS]
-    size = float((task.y - task.x_true).flatten(1).norm(dim=1).mean())
+    size = float((task.y - task.x_true).detach().flatten(1).norm(dim=1).mean())
     pairs = [
         (f"error_tol={e:g}, residual_tol={share:g} ||grad f||", {"error_tol": e, "residual_tol": share * size})
         for e, share in PAIRS
