@@ -211,7 +211,7 @@ def product(
             yield regularizer, operator
 
 
-def mostly_slow(pairs: Iterable[tuple[str, str]], every: int = 6) -> list[Any]:
+def mostly_slow(pairs: Iterable[tuple[str, str]], every: int = 12) -> list[Any]:
     """The pairs as parameters of a test: one out of ``every`` is quick, the others are marked slow.
 
     The quick ones lie on diagonals of the table, so that all names on either side are among them as far as possible.

@@ -219,6 +219,7 @@ def test_polished_table(capsys):
     assert last == ["tv_isotropic,", "blur", "1", "1", "1", "2", "3", "3.9"]
 
 
+@pytest.mark.slow
 def test_polished_sweep():
     outcomes = sweep.sweep(8, seed=1, polished=True)
     assert [(o.violations, o.setting) for o in outcomes if o.violations] == []

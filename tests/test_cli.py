@@ -297,6 +297,7 @@ def test_validation_may_look_at_a_few_images(tmp_path):
         assert shown["gt"].shape == (expected, 1, 32, 32) and shown["gt"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_warm_starts_on_the_disk(tmp_path):
     options = ["--upper.method=adam", "--upper.minibatch=1", "--logging.evaluate=false"]
     for kind, steps in (("memory", (4,)), ("disk", (2, 4))):

@@ -237,7 +237,9 @@ def scalars(report: StepReport) -> dict:
 # convergence
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name == "hoag" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_known_solution_from_any_start(name):
     for seed in range(10):
         objective = QuadraticBilevel(start(seed, 1 if name == "grid" else 2), seed=seed)

@@ -364,7 +364,9 @@ def test_cost_counts_what_was_done():
     assert again.cost.hvps < h.cost.hvps
 
 
-@pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_fft", "mri"])
+@pytest.mark.parametrize(
+    "physics", ["denoising", "inpainting", "blur_fft", pytest.param("mri", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("error_tol", [0.3, 1e-2])
 def test_polished_errors_are_known_from_both_sides(physics, error_tol):
     channels = 2 if physics == "mri" else 1

@@ -97,6 +97,7 @@ class DenseDeblurring:
         raise AssertionError("Newton's method did not converge")
 
 
+@pytest.mark.slow
 def test_photograph_truth_by_finite_differences(record):
     task, _ = silent_gradients.photograph_deblurring(size=16)
     dense, theta, h = DenseDeblurring(task), task.theta.numpy(), 1e-4
