@@ -570,3 +570,16 @@ def reference(case: Case) -> tuple[np.ndarray, float, float, float, list[Referen
         float(np.mean([s.loss_uncertainty for s in samples])),
         samples,
     )
+
+
+def exact_loss(objective: bi.BilevelObjective) -> tuple[float, float]:
+    """(F, its uncertainty) at the current theta, from the dense reference in extended precision."""
+    losses, uncertainties = [], []
+    for position in range(len(objective.pairs)):
+        batch = objective.pairs.batch([position])
+        problem = objective.energy.bind(batch.y, batch.physics)
+        _, _, loss, uncertainty, _ = reference(Case("pair", objective.energy, batch.physics, batch.y, batch.x, problem))
+        losses.append(float(loss))
+        uncertainties.append(float(uncertainty))
+    # and a few units of rounding for the sum
+    return sum(losses) / len(losses), max(uncertainties) + 1e-15 * sum(losses)

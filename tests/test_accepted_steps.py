@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from cases import Case, reference
+from cases import exact_loss
 from torch import Tensor
 
 import bilevel_imaging as bi
@@ -82,22 +82,11 @@ class Watched(bi.BilevelObjective):
         self.seen.append((flatten(self.theta), *h.loss_interval))
         return h
 
-    def exact(self) -> tuple[float, float]:
-        """(F, its uncertainty) at the current theta."""
-        losses, uncertainties = [], []
-        for position in range(len(self.pairs)):
-            batch = self.pairs.batch([position])
-            problem = self.energy.bind(batch.y, batch.physics)
-            _, _, loss, uncertainty, _ = reference(Case("pair", self.energy, batch.physics, batch.y, batch.x, problem))
-            losses.append(float(loss))
-            uncertainties.append(float(uncertainty))
-        return sum(losses) / len(losses), max(uncertainties) + 1e-15 * sum(losses)
-
 
 def check(objective: Watched, method: UpperLevelMethod, *, certain: bool) -> int:
     """Take steps; how many were accepted, or AssertionError where the true loss contradicts an interval or a step."""
     accepted = 0
-    loss, uncertainty = objective.exact()
+    loss, uncertainty = exact_loss(objective)
     for _ in range(STEPS):
         objective.seen.clear()
         old = flatten(objective.theta)
@@ -107,7 +96,7 @@ def check(objective: Watched, method: UpperLevelMethod, *, certain: bool) -> int
         if not report.accepted:
             assert torch.equal(flatten(objective.theta), old)
         else:
-            new, new_uncertainty = objective.exact()
+            new, new_uncertainty = exact_loss(objective)
             assert report.loss_lower - new_uncertainty <= new <= report.loss_upper + new_uncertainty
             wide = max(upper - lower for lower, upper in before) + report.loss_upper - report.loss_lower
             allowed = 0.0 if certain else wide

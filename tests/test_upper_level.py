@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Case, UserRegularizer, reference
+from cases import UserRegularizer, exact_loss
 from torch import Tensor
 
 import bilevel_imaging as bi
@@ -45,19 +45,6 @@ def make(pairs: ImagePairs, weight: float = 0.1, smoothing: float = 0.05, **opti
     return bi.BilevelObjective(bi.VariationalEnergy(bi.TotalVariation(weight, smoothing)), pairs, **options)
 
 
-def exact(objective: bi.BilevelObjective) -> tuple[float, float]:
-    """(F, its uncertainty) at the current theta, from the dense reference in extended precision."""
-    losses, uncertainties = [], []
-    for position in range(len(objective.pairs)):
-        batch = objective.pairs.batch([position])
-        problem = objective.energy.bind(batch.y, batch.physics)
-        _, _, loss, uncertainty, _ = reference(Case("pair", objective.energy, batch.physics, batch.y, batch.x, problem))
-        losses.append(float(loss))
-        uncertainties.append(float(uncertainty))
-    # and a few units of rounding for the sum
-    return sum(losses) / len(losses), max(uncertainties) + 1e-15 * sum(losses)
-
-
 def saved(state: dict) -> dict:
     """Through a file, as checkpoints are: nothing is shared with the run that goes on."""
     file = io.BytesIO()
@@ -88,7 +75,7 @@ def test_value_interval_contains_reference(error_tol, adjoints):
         objective.hypergradient(relative=0.1)
         assign(objective.theta, flatten(objective.theta) + torch.tensor([0.2, -0.3]))
     value = objective.value(error_tol)
-    loss, uncertainty = exact(objective)
+    loss, uncertainty = exact_loss(objective)
     assert value.lower - uncertainty <= loss <= value.upper + uncertainty
     assert value.lower <= value.value <= value.upper
     assert value.upper - value.lower <= 4 * error_tol * max(loss, loss**0.5, error_tol)
@@ -295,7 +282,7 @@ def train(objective: bi.BilevelObjective, method: MAID, steps: int) -> list:
 def check_every_step(objective: Spy, method: MAID, steps: int) -> list:
     """Train; every certified interval holds and no accepted step raises the loss, or AssertionError."""
     reports = []
-    loss, uncertainty = exact(objective)
+    loss, uncertainty = exact_loss(objective)
     while len(reports) < steps and not (reports and reports[-1].stop):
         objective.log.clear()
         old = flatten(objective.theta)
@@ -311,7 +298,7 @@ def check_every_step(objective: Spy, method: MAID, steps: int) -> list:
         assert kind == "value" and torch.equal(theta, flatten(objective.theta))
         assert interval == [report.loss_lower, report.loss_upper]
         assert report.param_change == pytest.approx(float((theta - old).norm()))
-        new, new_uncertainty = exact(objective)
+        new, new_uncertainty = exact_loss(objective)
         assert report.loss_lower - new_uncertainty <= new <= report.loss_upper + new_uncertainty
         assert new < loss, "the true loss went up"
         assert report.loss_upper <= lower, "the decrease is not certified"

@@ -17,12 +17,15 @@ from bilevel_imaging.tensors import binary_scale, norm, per_sample
 
 def dual_norm(v: Tensor, strong_convexity: Tensor, metric: Metric | None) -> Tensor:
     """Bound of ||v||_{H^-1} at any x, without a solve: ||v||_{M^-1}, or ||v|| / sqrt(mu), ``(B,)`` float64."""
-    plain = norm(v).double() / strong_convexity.sqrt()
-    if metric is None:
+    plain = norm(v).double() / lowest_multiple(strong_convexity, metric).sqrt()
+    if metric is None or metric.multiple:
         return plain
-    if metric.multiple:
-        return torch.minimum(plain, plain * (strong_convexity / metric.lowest).sqrt())
     return torch.minimum(plain, metric.squared_norm(v).sqrt() * (1 + 1e-12))
+
+
+def lowest_multiple(strong_convexity: Tensor, metric: Metric | None) -> Tensor:
+    """The largest known m with H >= m I at any x, ``(B,)`` float64."""
+    return strong_convexity if metric is None else torch.maximum(strong_convexity, metric.lowest)
 
 
 class Point:
@@ -205,9 +208,8 @@ class Point:
         if self.columns is None:
             return self.linearization.mixed_block_norms(self.constants.strong_convexity)
         mu, metric = self.constants.strong_convexity.double(), self._energy_metric
-        if metric is None or metric.multiple:
-            lowest = mu if metric is None else torch.maximum(mu, metric.lowest)
-            norms = self.column_norms / lowest.sqrt().unsqueeze(1)
+        if metric is None or metric.multiple:  # not column by column: they lie apart in memory
+            norms = self.column_norms / lowest_multiple(mu, metric).sqrt().unsqueeze(1)
         else:
             norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
         own = self.linearization.mixed_energy_norms()

@@ -71,8 +71,8 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #define REAL float
 #define NAME(f) f##_float32
 #define SQRT sqrtf
-#include "stencils.h"
 #include "updates.h"
+#include "stencils.h"
 #include "total_variation.h"
 #include "potentials.h"
 #include "filters.h"
@@ -82,8 +82,8 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #define REAL double
 #define NAME(f) f##_float64
 #define SQRT sqrt
-#include "stencils.h"
 #include "updates.h"
+#include "stencils.h"
 #include "total_variation.h"
 #include "potentials.h"
 #include "filters.h"

@@ -80,6 +80,12 @@ def integers(*values: int) -> tuple[ctypes.c_int64, ...]:
     return tuple(ctypes.c_int64(value) for value in values)
 
 
+def reals(dtype: torch.dtype, *values: float) -> tuple[ctypes.c_float | ctypes.c_double, ...]:
+    """Arguments of the C type that goes with ``dtype``."""
+    real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
+    return tuple(real(value) for value in values)
+
+
 def threads() -> ctypes.c_int:
     """The number of threads that PyTorch uses."""
     return ctypes.c_int(torch.get_num_threads())
@@ -166,9 +172,10 @@ def _agrees(library: ctypes.CDLL) -> bool:
         z, one, zero = torch.empty_like(v), torch.ones_like(v), torch.zeros_like(v)
         kernel = getattr(library, f"stencil_product_{suffix}")
         kernel.restype = None
-        constant = ctypes.c_float(2) if dtype == torch.float32 else ctypes.c_double(2)
         fields = (pointer(one), pointer(zero), pointer(one), pointer(None))
-        kernel(pointer(v), *fields, constant, pointer(z), *integers(1, 2 * height, height, width), ctypes.c_int(1))
+        kernel(
+            pointer(v), *fields, *reals(dtype, 2), pointer(z), *integers(1, 2 * height, height, width), ctypes.c_int(1)
+        )
         expected = 2 * v
         for axis in (1, 2):
             n = v.shape[axis]

@@ -9,10 +9,17 @@ typedef struct {
     int64_t knots, filters;
 } NAME(Spline);
 
+/* Number of the piece of |t| = `size`; the last one for NaN. */
+static inline int NAME(piece)(const NAME(Spline) *s, REAL size) {
+    const int n = (int)s->knots;
+    const REAL place = n * SQRT(size * s->reciprocal_reach);
+    return place < n ? (int)place : n;
+}
+
 static inline void NAME(spline_at)(const NAME(Spline) *s, REAL t, int64_t k, REAL *slope, REAL *curvature) {
     const int stride = (int)(s->filters * (s->knots + 1)), n = (int)s->knots;
-    const REAL size = t < 0 ? -t : t, place = n * SQRT(size * s->reciprocal_reach);
-    const int piece = (place < n ? (int)place : n) + (int)k * (n + 1); /* NaN: the last one */
+    const REAL size = t < 0 ? -t : t;
+    const int piece = NAME(piece)(s, size) + (int)k * (n + 1);
     const REAL linear = s->tables[stride + piece], square = s->tables[2 * stride + piece];
     const REAL bend = 3 * s->tables[3 * stride + piece] * size, chord = 2 * square + bend;
     const REAL rise = linear + size * chord, curved = chord + bend;
@@ -40,14 +47,13 @@ static inline REAL NAME(primal_dual_at)(REAL t, REAL u, REAL slope, REAL curvatu
     return kept - kept == 0 && chord - chord == 0 && c - c == 0 ? kept : curvature;
 }
 
-#define OVER_RESPONSES(at)                                                                                             \
+/* For every response i, that of filter k. */
+#define EACH_RESPONSE(...)                                                                                             \
     for (int64_t row = 0; row < count; row++)                                                                          \
         _Pragma("omp simd") for (int64_t k = 0; k < filters; k++) {                                                    \
             const int64_t i = row * filters + k;                                                                       \
             REAL first, second;                                                                                        \
-            at(&s, z[i], k, &first, &second);                                                                          \
-            slope[i] = first;                                                                                          \
-            if (curvature) curvature[i] = second;                                                                      \
+            __VA_ARGS__                                                                                                \
         }
 
 void NAME(spline_derivatives)(
@@ -56,7 +62,11 @@ void NAME(spline_derivatives)(
 ) {
     const NAME(Spline) s = {tables, reciprocal_reach, knots, filters};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    OVER_RESPONSES(NAME(spline_at))
+    EACH_RESPONSE({
+        NAME(spline_at)(&s, z[i], k, &first, &second);
+        slope[i] = first;
+        if (curvature) curvature[i] = second;
+    })
 }
 
 void NAME(absolute_derivatives)(
@@ -65,27 +75,23 @@ void NAME(absolute_derivatives)(
 ) {
     const NAME(Absolute) s = {weight, nu};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    OVER_RESPONSES(NAME(absolute_at))
+    EACH_RESPONSE({
+        NAME(absolute_at)(&s, z[i], k, &first, &second);
+        slope[i] = first;
+        if (curvature) curvature[i] = second;
+    })
 }
-#undef OVER_RESPONSES
-
-#define OVER_RESPONSES(at)                                                                                             \
-    for (int64_t row = 0; row < count; row++)                                                                          \
-        _Pragma("omp simd") for (int64_t k = 0; k < filters; k++) {                                                    \
-            const int64_t i = row * filters + k;                                                                       \
-            REAL first, second;                                                                                        \
-            at(&s, z[i], k, &first, &second);                                                                          \
-            slope[i] = first;                                                                                          \
-            c[i] = NAME(primal_dual_at)(z[i], u[i], first, second);                                                    \
-        }
-
 void NAME(spline_primal_dual)(
     const REAL *restrict z, const REAL *restrict u, const REAL *tables, REAL reciprocal_reach, int64_t knots,
     REAL *restrict c, REAL *restrict slope, int64_t count, int64_t filters, int threads
 ) {
     const NAME(Spline) s = {tables, reciprocal_reach, knots, filters};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    OVER_RESPONSES(NAME(spline_at))
+    EACH_RESPONSE({
+        NAME(spline_at)(&s, z[i], k, &first, &second);
+        slope[i] = first;
+        c[i] = NAME(primal_dual_at)(z[i], u[i], first, second);
+    })
 }
 
 void NAME(absolute_primal_dual)(
@@ -94,9 +100,12 @@ void NAME(absolute_primal_dual)(
 ) {
     const NAME(Absolute) s = {weight, nu};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    OVER_RESPONSES(NAME(absolute_at))
+    EACH_RESPONSE({
+        NAME(absolute_at)(&s, z[i], k, &first, &second);
+        slope[i] = first;
+        c[i] = NAME(primal_dual_at)(z[i], u[i], first, second);
+    })
 }
-#undef OVER_RESPONSES
 
 /* sup |psi'''| and inf psi'' over [t - reach, t + reach]. */
 static inline void NAME(spline_change_at)(
@@ -104,8 +113,7 @@ static inline void NAME(spline_change_at)(
 ) {
     const int stride = (int)(s->filters * (s->knots + 1)), n = (int)s->knots, own = (int)k * (n + 1);
     const REAL size = t < 0 ? -t : t, low = size > reach ? size - reach : 0, high = size + reach;
-    const REAL from = n * SQRT(low * s->reciprocal_reach), to = n * SQRT(high * s->reciprocal_reach);
-    const int first = from < n ? (int)from : n, last = to < n ? (int)to : n;
+    const int first = NAME(piece)(s, low), last = NAME(piece)(s, high);
     const REAL *square = s->tables + 2 * stride + own, *cubic = s->tables + 3 * stride + own;
     const REAL d0 = 6 * cubic[first], d1 = 6 * cubic[last], c1 = 2 * square[last];
     const REAL start = 2 * square[first] + d0 * low, end = c1 + d1 * high, part = (REAL)last / n;
@@ -139,15 +147,11 @@ void NAME(spline_change)(
     const NAME(Spline) s = {tables, reciprocal_reach, knots, filters};
     const REAL length = 1 / reciprocal_reach;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < count; row++)
-#pragma omp simd
-        for (int64_t k = 0; k < filters; k++) {
-            const int64_t i = row * filters + k;
-            REAL a, b;
-            NAME(spline_change_at)(&s, length, limits, z[i], reach[i], k, &a, &b);
-            third[i] = a;
-            lowest[i] = b;
-        }
+    EACH_RESPONSE({
+        NAME(spline_change_at)(&s, length, limits, z[i], reach[i], k, &first, &second);
+        third[i] = first;
+        lowest[i] = second;
+    })
 }
 
 void NAME(absolute_change)(
@@ -157,15 +161,11 @@ void NAME(absolute_change)(
     const NAME(Absolute) s = {weight, nu};
     const REAL at = *peak;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t row = 0; row < count; row++)
-#pragma omp simd
-        for (int64_t k = 0; k < filters; k++) {
-            const int64_t i = row * filters + k;
-            REAL a, b;
-            NAME(absolute_change_at)(&s, at, z[i], reach[i], k, &a, &b);
-            third[i] = a;
-            lowest[i] = b;
-        }
+    EACH_RESPONSE({
+        NAME(absolute_change_at)(&s, at, z[i], reach[i], k, &first, &second);
+        third[i] = first;
+        lowest[i] = second;
+    })
 }
 
 /* sums[order - 1][k][piece] += order |t|^(order - 1) sign(t) g for order 1, 2, 3: the derivative of sum psi'(t) g in the
@@ -173,11 +173,12 @@ void NAME(absolute_change)(
 void NAME(spline_sums)(
     const REAL *z, const REAL *g, REAL reciprocal_reach, int64_t knots, double *sums, int64_t count, int64_t filters
 ) {
+    const NAME(Spline) s = {NULL, reciprocal_reach, knots, filters};
     const int64_t stride = filters * (knots + 1);
     for (int64_t row = 0; row < count; row++)
         for (int64_t k = 0; k < filters; k++) {
-            const REAL t = z[row * filters + k], size = t < 0 ? -t : t, place = knots * SQRT(size * reciprocal_reach);
-            double *at = sums + k * (knots + 1) + (place < knots ? (int64_t)place : knots);
+            const REAL t = z[row * filters + k], size = t < 0 ? -t : t;
+            double *at = sums + k * (knots + 1) + NAME(piece)(&s, size);
             const double odd = t > 0 ? g[row * filters + k] : t < 0 ? -g[row * filters + k] : 0 * t, length = size;
             at[0] += odd;
             at[stride] += 2 * odd * length;
@@ -190,6 +191,7 @@ void NAME(spline_total)(
     const REAL *z, const REAL *tables, REAL reciprocal_reach, int64_t knots, double *totals, int64_t count, int64_t size,
     int64_t filters, int threads
 ) {
+    const NAME(Spline) s = {tables, reciprocal_reach, knots, filters};
     const int stride = (int)(filters * (knots + 1)), n = (int)knots;
     double *sums = malloc(count * size * sizeof(double)); /* added up in order, whoever computed them */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -197,8 +199,8 @@ void NAME(spline_total)(
         REAL total = 0;
 #pragma omp simd reduction(+ : total)
         for (int64_t k = 0; k < filters; k++) {
-            const REAL t = z[row * filters + k], length = t < 0 ? -t : t, place = n * SQRT(length * reciprocal_reach);
-            const int piece = (place < n ? (int)place : n) + (int)k * (n + 1);
+            const REAL t = z[row * filters + k], length = t < 0 ? -t : t;
+            const int piece = NAME(piece)(&s, length) + (int)k * (n + 1);
             const REAL high = tables[2 * stride + piece] + length * tables[3 * stride + piece];
             total += tables[piece] + length * (tables[stride + piece] + length * high);
         }
@@ -227,3 +229,4 @@ void NAME(absolute_total)(
     for (int64_t i = 0; i < count; i++) totals[i] = sum(sums + i * size, size);
     free(sums);
 }
+#undef EACH_RESPONSE

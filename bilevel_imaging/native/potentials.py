@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_imaging.native.library import function, integers, pointer, threads
+from bilevel_imaging.native.library import function, integers, pointer, reals, threads
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class SplinePotentials:
     @property
     def arguments(self) -> tuple:
         """As the C functions expect them."""
-        real = ctypes.c_float if self.tables.dtype == torch.float32 else ctypes.c_double
-        return pointer(self.tables), real(1 / self.reach), ctypes.c_int64(self.tables.shape[2] - 1)
+        pieces = self.tables.shape[2]
+        return pointer(self.tables), *reals(self.tables.dtype, 1 / self.reach), *integers(pieces - 1)
 
 
 @dataclass(frozen=True)

@@ -108,19 +108,14 @@ static void NAME(solve_one)(
     int pending = 0; /* p = r + beta p is put off until the next product, which passes over p anyway */
     while (now.status == RUNNING && now.iterations < max_iter && now.residual > now.target && isfinite(now.residual)) {
         if (pending && team > 1) {
-            for (int64_t i = from * w; i < to * w; i++) p[i] = r[i] + beta * p[i];
+            NAME(turn)(p + from * w, r + from * w, beta, (to - from) * w);
             pending = 0;
             wait_for_team(team);
         }
-        if (pending && from < to)
-            for (int64_t i = from * w; i < (from + 1) * w; i++) p[i] = r[i] + beta * p[i];
+        if (pending && from < to) NAME(turn)(p + from * w, r + from * w, beta, w);
         if (from < to && from > 0) NAME(vertical)(s, p, from - 1, work, work + w);
         for (int64_t row = from; row < to; row++) {
-            if (pending && row + 1 < to) {
-                REAL *restrict next = p + (row + 1) * w;
-                const REAL *restrict with = r + (row + 1) * w;
-                for (int64_t j = 0; j < w; j++) next[j] = with[j] + beta * next[j];
-            }
+            if (pending && row + 1 < to) NAME(turn)(p + (row + 1) * w, r + (row + 1) * w, beta, w);
             curvatures[row] = NAME(row_product)(s, p, row, z, work, work + w);
         }
         pending = 0;
@@ -133,17 +128,8 @@ static void NAME(solve_one)(
         }
         const double step = now.rz / curvature;
         const REAL alpha = (REAL)step;
-        for (int64_t row = from; row < to; row++) {
-            REAL *restrict qr = q + row * w, *restrict rr = r + row * w;
-            const REAL *restrict pr = p + row * w, *restrict zr = z + row * w;
-            REAL square = 0;
-            for (int64_t j = 0; j < w; j++) {
-                qr[j] += alpha * pr[j];
-                rr[j] -= alpha * zr[j];
-                square += rr[j] * rr[j];
-            }
-            squares[row] = square;
-        }
+        for (int64_t row = from; row < to; row++)
+            squares[row] = NAME(move)(q + row * w, r + row * w, p + row * w, z + row * w, alpha, w);
         wait_for_team(team);
         const double square = sum(squares, s->rows), ratio = square / now.rz;
         beta = (REAL)ratio;
@@ -156,8 +142,7 @@ static void NAME(solve_one)(
         now.energy = sqrt(now.radau * square);
         if (isnan(now.energy)) now.energy = INFINITY;
     }
-    if (pending)
-        for (int64_t i = from * w; i < to * w; i++) p[i] = r[i] + beta * p[i];
+    if (pending) NAME(turn)(p + from * w, r + from * w, beta, (to - from) * w);
     if (now.status == RUNNING) {
         if (!isfinite(now.residual)) now.status = NOT_FINITE;
         else if (now.residual <= now.target) now.status = DONE;

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bilevel_imaging.native.library import function, integers, pointer, threads
+from bilevel_imaging.native.library import function, integers, pointer, reals, threads
 
 _PROGRESS = 8  # numbers in the C struct: six doubles and two integers, 8 bytes each
 
@@ -72,8 +72,7 @@ class Stencil:
 
     def _operator(self) -> tuple:
         a, b, c = (pointer(plane) for plane in self.field)
-        real = ctypes.c_float if self.field.dtype == torch.float32 else ctypes.c_double
-        return a, b, c, pointer(self.diagonal), real(self.constant)
+        return a, b, c, pointer(self.diagonal), *reals(self.field.dtype, self.constant)
 
     def _sizes(self) -> tuple[ctypes.c_int64, ...]:
         _, batch, channels, height, width = self.field.shape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_imaging.native.library import function, integers, pointer, threads
+from bilevel_imaging.native.library import function, integers, pointer, reals, threads
 
 
 def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +20,7 @@ def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tenso
     kernel = function("tv_linearize", x.dtype)
     kernel(
         pointer(x),
-        *_reals(x.dtype, weight, smoothing),
+        *reals(x.dtype, weight, smoothing),
         pointer(unit),
         *integers(x.numel()),
         pointer(reciprocal),
@@ -37,7 +37,7 @@ def gradient(x: Tensor, weight: float, smoothing: float) -> Tensor:
     grad = torch.empty_like(x)
     kernel = function("tv_gradient", x.dtype)
     sizes = integers(x.shape[0] * x.shape[1], *x.shape[-2:])
-    kernel(pointer(x), *_reals(x.dtype, weight, smoothing), pointer(grad), *sizes, threads())
+    kernel(pointer(x), *reals(x.dtype, weight, smoothing), pointer(grad), *sizes, threads())
     return grad
 
 
@@ -55,7 +55,7 @@ def model_field(unit: Tensor, dual: Tensor, reciprocal: Tensor, weight: float) -
         pointer(dual),
         *integers(dual.stride(0), dual.stride(1)),
         pointer(reciprocal.contiguous()),
-        *_reals(unit.dtype, weight),
+        *reals(unit.dtype, weight),
         *(pointer(plane) for plane in field),
         *integers(batch, size),
         threads(),
@@ -97,7 +97,7 @@ def smoothing_column(
         pointer(unit),
         *integers(unit.stride(0)),
         pointer(reciprocal),
-        *_reals(unit.dtype, weight, smoothing),
+        *reals(unit.dtype, weight, smoothing),
         pointer(column),
         *integers(column.stride(0)),
         *(pointer(row) for row in sums),
@@ -144,7 +144,7 @@ def slopes(q: Tensor, unit: Tensor, reciprocal: Tensor, smoothing: float, radius
         pointer(unit),
         *integers(unit.stride(0)),
         pointer(reciprocal),
-        *_reals(q.dtype, smoothing),
+        *reals(q.dtype, smoothing),
         pointer(radius),
         ctypes.c_double(row_norm),
         *(pointer(row) for row in bounds),
@@ -196,7 +196,7 @@ def relative_change(
         *integers(unit.stride(0)),
         pointer(reciprocal),
         pointer(q),
-        *_reals(unit.dtype, weight, smoothing),
+        *reals(unit.dtype, weight, smoothing),
         pointer(radius),
         pointer(strong_convexity),
         ctypes.c_double(squared_norm),
@@ -211,8 +211,3 @@ def relative_change(
 def _samples_contiguous(field: Tensor) -> Tensor:
     """A field ``(2, B, C, H, W)`` whose images are contiguous, whatever the order of the first two dimensions."""
     return field if field.shape[1] > 0 and field[0, 0].is_contiguous() else field.contiguous()
-
-
-def _reals(dtype: torch.dtype, *values: float) -> tuple:
-    real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
-    return tuple(real(value) for value in values)

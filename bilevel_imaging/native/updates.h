@@ -1,5 +1,23 @@
 /* Included by kernels.c for each type. */
 
+/* q += alpha p, r -= alpha z; returns ||r||^2. */
+static REAL NAME(move)(
+    REAL *restrict q, REAL *restrict r, const REAL *restrict p, const REAL *restrict z, REAL alpha, int64_t n
+) {
+    REAL square = 0;
+    for (int64_t j = 0; j < n; j++) {
+        q[j] += alpha * p[j];
+        r[j] -= alpha * z[j];
+        square += r[j] * r[j];
+    }
+    return square;
+}
+
+/* p = r + beta p. */
+static void NAME(turn)(REAL *restrict p, const REAL *restrict r, REAL beta, int64_t n) {
+    for (int64_t j = 0; j < n; j++) p[j] = r[j] + beta * p[j];
+}
+
 /* Inner products of `count` samples of `size` numbers. Sums are over blocks of fixed size, so the result does not depend
    on the number of threads. */
 #define BLOCK 4096
@@ -38,26 +56,14 @@ void NAME(advance)(
 #pragma omp for schedule(static)
         IN_BLOCKS({
             if (isnan(alphas[sample])) continue;
-            REAL *restrict qb = q + from, *restrict rb = r + from;
-            const REAL *restrict pb = p + from, *restrict zb = z + from;
-            const REAL alpha = (REAL)alphas[sample];
-            REAL square = 0;
-            for (int64_t j = 0; j < n; j++) {
-                qb[j] += alpha * pb[j];
-                rb[j] -= alpha * zb[j];
-                square += rb[j] * rb[j];
-            }
-            sums[block] = square;
+            sums[block] = NAME(move)(q + from, r + from, p + from, z + from, (REAL)alphas[sample], n);
         })
 #pragma omp for schedule(static)
         IN_BLOCKS({
             if (isnan(alphas[sample])) continue;
             const double square = sum(sums + sample * blocks, blocks);
-            const REAL beta = (REAL)(square / rz[sample]);
-            REAL *restrict pb = p + from;
-            const REAL *restrict rb = r + from;
             if (block % blocks == 0) squares[sample] = square;
-            for (int64_t j = 0; j < n; j++) pb[j] = rb[j] + beta * pb[j];
+            NAME(turn)(p + from, r + from, (REAL)(square / rz[sample]), n);
         })
     }
     free(sums);

@@ -13,21 +13,29 @@ from bilevel_imaging.experiments.peers.task import Task
 NAME, PACKAGE = "deepinv", "deepinv"
 
 
-def methods(task: Task) -> dict[str, Callable[[], list[float]]]:
-    """Settings and what computes them; the defaults are 100 iterations forward and 50 backward."""
-    from deepinv.optim import GD, L2, DEQConfig, Prior
+def energy_prior(value: Callable[[Tensor, Tensor], Tensor], theta: Tensor) -> Any:
+    """A deepinv prior with the energies ``value(x, theta)``, ``(B, 1, H, W)`` to ``(B,)``, and its own copy of theta as
+    the parameter ``theta``."""
+    from deepinv.optim import Prior
 
     class Energy(Prior):
         def __init__(self) -> None:
             super().__init__()
             self.explicit_prior = True
-            self.theta = torch.nn.Parameter(task.theta.clone())
+            self.theta = torch.nn.Parameter(theta.clone())
 
         def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return task.prior(torch, x[0, 0], self.theta)[None]
+            return value(x, self.theta)
+
+    return Energy()
+
+
+def methods(task: Task) -> dict[str, Callable[[], list[float]]]:
+    """Settings and what computes them; the defaults are 100 iterations forward and 50 backward."""
+    from deepinv.optim import GD, L2, DEQConfig
 
     def implicit(**settings: Any) -> list[float]:
-        prior = Energy()
+        prior = energy_prior(lambda x, theta: task.prior(torch, x[0, 0], theta)[None], task.theta)
         # trainable_params=None would try to make a parameter of g_param=None, too, and fail
         model = GD(data_fidelity=L2(), prior=prior, stepsize=1 / task.smoothness, trainable_params=[], **settings)
         y = task.y[None, None]

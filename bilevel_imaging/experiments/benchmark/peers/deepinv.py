@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from bilevel_imaging.experiments.benchmark.method import Answer, Ladder, Setting
 from bilevel_imaging.experiments.benchmark.peers.lower import STEPS
 from bilevel_imaging.experiments.benchmark.workloads import Task
+from bilevel_imaging.experiments.peers.deepinv import energy_prior
 
 NAME, PACKAGE = "deepinv", "deepinv"
 
@@ -28,20 +28,14 @@ def _settings(task: Task, anderson: bool) -> Iterator[Setting]:
 
 
 def _compute(task: Task, anderson: bool, steps: int) -> Answer:
-    from deepinv.optim import GD, L2, DEQConfig, Prior
+    from deepinv.optim import GD, L2, DEQConfig
 
     ridge = getattr(task.model, "ridge", 0.0)
 
-    class Energy(Prior):
-        def __init__(self) -> None:
-            super().__init__()
-            self.explicit_prior = True
-            self.theta = torch.nn.Parameter(task.theta.clone())
+    def value(x: Tensor, theta: Tensor) -> Tensor:
+        return task.model.prior(torch, x, theta) + 0.5 * ridge * (x**2).sum((1, 2, 3))
 
-        def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return task.model.prior(torch, x, self.theta) + 0.5 * ridge * (x**2).sum((1, 2, 3))
-
-    prior = Energy()
+    prior = energy_prior(value, task.theta)
     backward = DEQConfig(max_iter_backward=steps, anderson_acceleration_backward=anderson)
     # trainable_params=None would try to make a parameter of g_param=None, too, and fail
     solver = GD(
