@@ -13,10 +13,13 @@ bounded over the ball that the lengths can reach.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bilevel_imaging.derivatives import LocalChange
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,19 @@ def relative_norm(at: Lengths, along: Tensor, across: Tensor | None) -> Tensor:
     mixed = w * across / ((stiff + m * low_s * low2) * (w * low2 + m * low_s * low2)).sqrt()
     # the norm of a symmetric 2 x 2 matrix with diagonal entries of one sign
     return 0.5 * (first + second) + torch.hypot(0.5 * (first - second), mixed)
+
+
+def change_along(hessian: Tensor, energy: Tensor, trainable: Collection[str], q: Tensor) -> LocalChange:
+    """``hessian`` and the square ``energy`` along q, ``(B,)``, as a ``LocalChange``, rounded up for the dtype of q.
+
+    Args:
+        hessian: largest relative change of the Hessian along q.
+        energy: <q, H_R q>, of the regularizer with its weight.
+        trainable: names of the parameters, of "log_weight" and "log_smoothing".
+        q: direction.
+    """
+    # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
+    slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
+    up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
+    slope = torch.tensor(slopes, dtype=torch.float64, device=q.device)
+    return LocalChange(up * hessian.double(), slope, up * energy.double().clamp(min=0).sqrt())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Directional, Linearization, LocalChange, NewtonModel
-from bilevel_imaging.regularizers.relative_curvature import Lengths, reach, relative_norm
+from bilevel_imaging.regularizers.relative_curvature import Lengths, change_along, reach, relative_norm
 from bilevel_imaging.regularizers.second_order_total_variation_differences import (
     ROW_NORM,
     diagonal_of_square,
@@ -149,15 +149,7 @@ class SecondOrderLinearization(Linearization):
         across = across * at.length + length_q * far  # |dq x z_t| <= |dq x z| + |dq| |Be|
         hessian = relative_norm(at, along, across).flatten(1).amax(1)
         energy = (dq * self._flattened(dq.clone()) * self.reciprocal).sum(0).flatten(1).sum(1)
-        trainable = self.regularizer.trainable()
-        # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
-        slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
-        up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
-        return LocalChange(
-            up * hessian.double(),
-            torch.tensor(slopes, dtype=torch.float64, device=q.device),
-            up * (self.weight * energy).double().clamp(min=0).sqrt(),
-        )
+        return change_along(hessian, self.weight * energy, self.regularizer.trainable(), q)
 
     def mixed_energy_norms(self) -> Tensor:
         """||B^T p||_{H^-1}^2 <= sum <p, (weight D^2 phi)^-1 p>: for log nu that is weight sum |z|^2 nu^2 / s^3, for the

@@ -21,7 +21,7 @@ from bilevel_imaging.regularizers.differences import (
     squared_operator_norm,
     weighted_laplacian_bound,
 )
-from bilevel_imaging.regularizers.relative_curvature import Lengths, reach, relative_norm
+from bilevel_imaging.regularizers.relative_curvature import Lengths, change_along, reach, relative_norm
 from bilevel_imaging.regularizers.total_variation_newton import PrimalDualModel, model_stencil
 from bilevel_imaging.tensors import norm
 
@@ -223,15 +223,7 @@ class TotalVariationLinearization(Linearization):
             hessian, energy = self._native_change(radius, strong_convexity, q)
         else:
             hessian, energy = self._change_along(q, radius, strong_convexity)
-        trainable = self.regularizer.trainable()
-        # |d chi| <= 2 phi'' for chi = d phi' / d log nu: -nu^2 (I - 3 n n^T) / s^3 against (I - n n^T) / s
-        slopes = [1.0] * ("log_weight" in trainable) + [2.0] * ("log_smoothing" in trainable)
-        up = 1 + 1e-4 if q.dtype == torch.float32 else 1 + 1e-10
-        return LocalChange(
-            up * hessian.double(),
-            torch.tensor(slopes, dtype=torch.float64, device=q.device),
-            up * (self.weight.double() * energy.double()).clamp(min=0).sqrt(),
-        )
+        return change_along(hessian, self.weight.double() * energy, self.regularizer.trainable(), q)
 
     def _change_along(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> tuple[Tensor, Tensor]:
         """Largest relative change along q, and <q, D^T phi'' D q> without the weight, ``(B,)``."""
