@@ -43,6 +43,7 @@ HELD_OUT = 0.1  # part of a training folder that validates when no validation fo
 # training patches at most with which the weight of the baseline is chosen: more of them hardly move one number
 BASELINE_PATCHES = 64
 WARM_FOLDER = "warm_starts"
+NOT_ARGUMENTS = ("kind", "options", "start", "start_scale")  # settings that are no arguments of the regularizer
 # what is measured is the image as a whole
 WHOLE = ("tomography", "mri")
 
@@ -195,7 +196,7 @@ def make_regularizer(config: RegularizerConfig) -> Regularizer:
         ValueError: a setting that it does not take, or a start of another kind or size.
     """
     build = REGULARIZERS[config.kind]
-    given = {n: v for n, v in vars(config).items() if n not in ("kind", "options", "start") and v is not None}
+    given = {n: v for n, v in vars(config).items() if n not in NOT_ARGUMENTS and v is not None}
     accepted = inspect.signature(build).parameters
     defaults = RegularizerConfig()
     for name, value in given.items():
@@ -205,7 +206,11 @@ def make_regularizer(config: RegularizerConfig) -> Regularizer:
     regularizer = _call(build, {**kept, **config.options}, "regularizer.options", config.kind)
     if config.start:
         start = load_regularizer(config.start)
+        if config.start_scale is not None and not isinstance(start, RidgeRegularizer):
+            raise ValueError(f"regularizer.start_scale: {type(start).__name__} in {config.start} does not take it.")
         try:
+            if config.start_scale is not None:
+                start = start.rescaled(1.0, config.start_scale)
             _start_from(regularizer, start)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"regularizer.start: {config.start} does not fit {config.kind}: {error}") from error

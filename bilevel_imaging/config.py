@@ -183,6 +183,8 @@ class RegularizerConfig:
         kind: name of the regularizer, e.g. total_variation or tikhonov.
         start: file of an exported regularizer whose parameters are the start, e.g. a run's regularizer.safetensors; it
             must be of this kind and size. Empty for the start that the other settings give.
+        start_scale: R(scale x) / scale instead of the R of that file (ridge regularizers): its potentials bend within a
+            range this many times smaller, which fits better once they are as sharp as their knots allow.
         weight: its weight at the start; null for the regularizer's own default.
         smoothing: its smoothing at the start (total variation, fields of experts); null likewise.
         isotropic: one root per pixel instead of one per difference (total variation).
@@ -203,15 +205,18 @@ class RegularizerConfig:
     operator: str = "gradient"
     options: dict[str, Any] = field(default_factory=dict)
     start: str = ""
+    start_scale: float | None = None
 
     def __post_init__(self) -> None:
         from bilevel_imaging.regularizers import REGULARIZERS, Tikhonov
 
         _one_of("regularizer.kind", self.kind, REGULARIZERS)
         _one_of("regularizer.operator", self.operator, Tikhonov.OPERATORS)
-        for name in ("weight", "smoothing"):
+        for name in ("weight", "smoothing", "start_scale"):
             if getattr(self, name) is not None:
                 _number(f"regularizer.{name}", getattr(self, name), "> 0")
+        if self.start_scale is not None and not self.start:
+            raise ValueError("regularizer.start_scale: expected a file in regularizer.start, whose scale it changes.")
 
     def resolved(self) -> RegularizerConfig:
         """With the regularizer's own defaults where it takes what was left open."""
@@ -279,7 +284,7 @@ class UpperConfig:
         error_tol: fixed lower-level accuracy instead of relative (first-order methods); of inexact_* the first one.
         residual_tol: fixed adjoint accuracy instead of relative (first-order methods); likewise.
         tolerance: stop when a step is predicted to lower the loss by less than this fraction (maid, noisy_line_search,
-            noisy_trust_region); what counts as equal in dfo_ls and grid.
+            noisy_trust_region, kunisch_pock); what counts as equal in dfo_ls and grid.
         stationarity_tol: stop when the norm of the exact hypergradient is certified to be at most this; null for never.
         minibatch: patches of one step, in shuffled order (first-order methods); null for all.
         schedule: of the learning rate: constant, or cosine, which falls to a hundredth of it over max_steps

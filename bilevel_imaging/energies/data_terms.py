@@ -5,12 +5,32 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from bilevel_imaging import native
+from bilevel_imaging.native import SeparableConvolution
 from bilevel_imaging.tensors import squared_norm
 from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
+
+
+@dataclass(frozen=True)
+class FourierModel:
+    """A^T A as a filter, exactly or nearly: v -> F^-1 (power F v).
+
+    Attributes:
+        power: >= 0, at all frequencies of ``fft2`` or at those of ``rfft2``, which are the first columns of them;
+            ``(B, C, H, W)`` or ``(B, C, H, W // 2 + 1)``, or 1 in place of B and C.
+        filter: (v, response) -> F^-1 (response F v), for responses like ``power``.
+        complex: whether the two channels are real and imaginary part of one coefficient.
+    """
+
+    power: Tensor
+    filter: Callable[[Tensor, Tensor], Tensor]
+    complex: bool = False
 
 
 class DataTerm(abc.ABC):
@@ -68,6 +88,15 @@ class DataTerm(abc.ABC):
     def spectrum(self) -> Tensor | None:
         """Eigenvalues of A^T A in the rfft2 basis, if it is a circular convolution."""
         return None
+
+    def convolution(self) -> SeparableConvolution | None:
+        """A^T A as a sum of separable convolutions for compiled code, if it is one of few taps."""
+        return None
+
+    def fourier_model(self) -> FourierModel | None:
+        """What preconditioners take A^T A for, if it is close to a filter; only their speed depends on it."""
+        spectrum = self.spectrum()
+        return None if spectrum is None else FourierModel(spectrum, fourier_filter)
 
     def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         """v -> (A^T A + shift I)^{-1} v where that is cheap: the metric of certificate (M)."""
@@ -175,8 +204,7 @@ class CirculantTerm(DataTerm):
         self.transfer64 = transfer.expand(*y.shape[:2], *transfer.shape[-2:])
         self.transfer = self.transfer64.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
         self.shape = y.shape
-        # from real parts, as in _filter: an absolute value of complex numbers depends on the place in the array
-        power = self.transfer64.real.square() + self.transfer64.imag.square()
+        power = _power(self.transfer64)
         # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side
         self.lowest = power.flatten(1).amin(1) * (1 - 1e-12)
         self.highest = power.flatten(1).amax(1) * (1 + 1e-12)
@@ -193,22 +221,29 @@ class CirculantTerm(DataTerm):
         return inverse_rfft2(torch.complex(a * c - b * d, a * d + b * c), x.shape[-1])
 
     def value(self, x: Tensor) -> Tensor:
-        return 0.5 * squared_norm(self._filter(self.transfer, x) - self.y)
+        return 0.5 * squared_norm(self.apply(x) - self.y)
 
     def grad(self, x: Tensor) -> Tensor:
-        return self._filter(self.power, x) - self.aty
+        return self.hvp(x) - self.aty
 
     def hvp(self, v: Tensor) -> Tensor:
-        return self._filter(self.power, v)
+        return self._product(self._gram, self.power, v)
 
     def apply(self, x: Tensor) -> Tensor:
-        return self._filter(self.transfer, x)
+        return self._product(self._forward, self.transfer, x)
+
+    def _product(self, convolution: SeparableConvolution | None, transfer: Tensor, x: Tensor) -> Tensor:
+        if convolution is not None and native.serves(x, self.power):
+            return convolution.product(x)
+        return self._filter(transfer, x)
 
     def initial(self) -> Tensor:
         return self._filter(1 / (self.power + 0.05), self.aty)  # Wiener filter for about 5 % noise power
 
     def subset(self, index: Tensor) -> DataTerm:
-        return CirculantTerm(self.y[index], self.transfer64[index])
+        part = CirculantTerm(self.y[index], self.transfer64[index])
+        part._forward, part._gram = (c and c.of(index) for c in (self._forward, self._gram))
+        return part
 
     def double(self) -> DataTerm:
         return CirculantTerm(self.y.double(), self.transfer64)
@@ -220,3 +255,21 @@ class CirculantTerm(DataTerm):
 
     def spectrum(self) -> Tensor:
         return self.power
+
+    def convolution(self) -> SeparableConvolution | None:
+        return self._gram
+
+    @cached_property
+    def _forward(self) -> SeparableConvolution | None:
+        """A for compiled code."""
+        return native.separable(self.transfer64, self.y.shape[-1], self.y.dtype)
+
+    @cached_property
+    def _gram(self) -> SeparableConvolution | None:
+        """A^T A for compiled code."""
+        return native.separable(_power(self.transfer64), self.y.shape[-1], self.y.dtype)
+
+
+def _power(transfer: Tensor) -> Tensor:
+    """|transfer|^2 from real parts, as in ``_filter``: an absolute value of complex numbers depends on the place."""
+    return transfer.real.square() + transfer.imag.square()

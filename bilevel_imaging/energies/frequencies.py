@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, IdentityTerm
-from bilevel_imaging.energies.mri import MRITerm, fourier, inverse_fourier
+from bilevel_imaging.energies.mri import MRITerm, filtered, fourier, inverse_fourier
 from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
 
 
@@ -125,7 +125,7 @@ class MRIFrequencies(Frequencies):
         return torch.fft.fftshift(values, dim=(-2, -1))
 
     def filter(self, v: Tensor, response: Tensor) -> Tensor:
-        return inverse_fourier(fourier(v) * response)
+        return filtered(v, response)
 
 
 def frequencies_of(term: DataTerm) -> Frequencies | None:

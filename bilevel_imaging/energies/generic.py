@@ -9,10 +9,12 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from bilevel_imaging.energies.data_terms import DataTerm
+from bilevel_imaging.energies.data_terms import DataTerm, FourierModel
+from bilevel_imaging.energies.matrix_physics import MatrixPhysics
 from bilevel_imaging.energies.norm_bounds import NormBounds, norm_bounds
 from bilevel_imaging.energies.operators import MISFITS, Operator
 from bilevel_imaging.tensors import norm, per_sample, squared_norm
+from bilevel_imaging.transforms import fourier_filter
 
 REMEDY = "Check the shape of y, physics.to(y.dtype) and, for Tomography, its argument dtype."
 
@@ -68,6 +70,11 @@ class GenericTerm(DataTerm):
         y = self.y.double()
         with torch.no_grad():
             return GenericTerm(y, operator, self.bounds, operator.adjoint(y))
+
+    def fourier_model(self) -> FourierModel | None:
+        physics = self.operator.physics
+        power = physics.convolution if type(physics) is MatrixPhysics else None
+        return None if power is None else FourierModel(power.to(self.y.dtype), fourier_filter)
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         residual = self.operator.apply(x) - self.y

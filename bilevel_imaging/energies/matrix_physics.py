@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
+
+from bilevel_imaging.transforms import fourier_filter
+
+# A^T A counts as a convolution if it differs from one by less than this part on white noise
+CONVOLUTION_MISFIT = 0.5
+# of the largest value of the spectrum of a convolution; what is below, or negative by truncation, is raised to it
+SMALLEST_POWER = 1e-4
 
 
 class MatrixPhysics(LinearPhysics):
@@ -65,6 +73,22 @@ class MatrixPhysics(LinearPhysics):
         for name, buffer in self.named_buffers():
             other.register_buffer(name, buffer.abs() if "values" in name else buffer)
         return other
+
+    @cached_property
+    @torch.no_grad()
+    def convolution(self) -> Tensor | None:
+        """Spectrum in the ``rfft2`` basis of the circular convolution with the middle column of A^T A,
+        ``(1, 1, H, W // 2 + 1)``; ``None`` where A^T A is far from a convolution. For preconditioners."""
+        height, width = self.image
+        unit = self.values.new_zeros((1, 1, height, width))
+        unit[..., height // 2, width // 2] = 1
+        column = self.A_adjoint(self.A(unit)).roll((-(height // 2), -(width // 2)), (-2, -1))
+        power = torch.fft.rfft2(column).real
+        power = power.clamp(min=SMALLEST_POWER * float(power.abs().amax()))
+        probe = torch.randn(unit.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(unit)
+        product = self.A_adjoint(self.A(probe))
+        misfit = (product - fourier_filter(probe, power)).norm()
+        return power if bool(0 < misfit < CONVOLUTION_MISFIT * product.norm()) else None
 
     def product(self, vectors: Tensor, transposed: bool) -> Tensor:
         """Rows ``(n, H W)`` to ``(n, M)``, or back if transposed; without a graph."""

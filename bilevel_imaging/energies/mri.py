@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel_imaging.energies.data_terms import DataTerm
+from bilevel_imaging.energies.data_terms import DataTerm, FourierModel
 from bilevel_imaging.tensors import squared_norm
 
 
@@ -64,8 +64,12 @@ class MRITerm(DataTerm):
         size = 2 * self.highest * x.double().flatten(1).norm(dim=1) + back
         return size * math.log2(max(4, self.shape[-1] * self.shape[-2]))  # error growth of an FFT
 
+    def fourier_model(self) -> FourierModel:
+        return FourierModel(self.power, filtered, complex=True)
+
     def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor]:
-        return lambda v: inverse_fourier(fourier(v) / (self.power + shift))
+        response = 1 / (self.power + shift)
+        return lambda v: filtered(v, response)
 
 
 def fourier(x: Tensor) -> Tensor:
@@ -79,3 +83,8 @@ def inverse_fourier(spectrum: Tensor) -> Tensor:
     """Inverse and transpose of :func:`fourier`."""
     z = torch.fft.ifft2(torch.complex(spectrum[:, 0], spectrum[:, 1]), norm="ortho")
     return torch.fft.fftshift(torch.stack([z.real, z.imag], 1), dim=(-2, -1))
+
+
+def filtered(v: Tensor, response: Tensor) -> Tensor:
+    """F^T (response F v) for a real response, broadcastable to ``(B, 2, H, W)``."""
+    return inverse_fourier(fourier(v) * response)

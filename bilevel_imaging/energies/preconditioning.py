@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.derivatives import Preconditioner
-from bilevel_imaging.energies.data_terms import DataTerm
+from bilevel_imaging.energies.data_terms import DataTerm, FourierModel
 from bilevel_imaging.transforms import cosine_filter, fourier_filter, periodic_laplacian
 
 # E^2 = c + FLOOR * (mean of the data term); the data term enters the convolution with these factors. Chosen by the
@@ -19,9 +19,10 @@ WORTHWHILE = 10.0
 
 def pays(data: DataTerm) -> bool:
     """Whether a scaled convolution exists for this data term, and is worth its transforms."""
-    diagonal, spectrum = data.diagonal(), data.spectrum()
+    diagonal = data.diagonal()
     if diagonal is None:
-        return spectrum is not None
+        # compiled code makes ten products in the time of two transforms
+        return data.fourier_model() is not None and data.convolution() is None
     # denoising: half the iterations, but on a CPU a product is so cheap that the transforms cost as much
     return diagonal.dim() > 0 or diagonal.device.type != "cpu"
 
@@ -40,28 +41,33 @@ def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Pre
     Returns:
         ``None`` where no preconditioner is needed.
     """
-    diagonal, spectrum = data.diagonal(), data.spectrum()
-    base = spectrum.mean((-1, -2), keepdim=True) if diagonal is None else diagonal
+    diagonal = data.diagonal()
+    model = data.fourier_model() if diagonal is None else None
+    base = diagonal if model is None else model.power.mean((-1, -2), keepdim=True)
     base = base + ridge
-    if bool((coefficient.amax() <= WORTHWHILE * base.amin() / 4).all()):
+    least = base if model is None else model.power + ridge
+    if bool((coefficient.amax() <= WORTHWHILE * least.amin() / 4).all()):
         return None
     squared = coefficient + FLOOR * base
     inverse = squared.rsqrt()
-    if diagonal is None:
-        symbol = SPECTRAL_FACTOR * (spectrum + ridge) * (1 / squared).mean((-1, -2), keepdim=True)
+    if model is None:
+        apply, symbol = fourier_filter, DIAGONAL_FACTOR * (base / squared).mean((-1, -2), keepdim=True)
     else:
-        symbol = DIAGONAL_FACTOR * (base / squared).mean((-1, -2), keepdim=True)
-    response = 1 / (symbol + periodic_laplacian(coefficient))
-    return Preconditioner(lambda v: inverse * fourier_filter(inverse * v, response))
+        axes = (-1, -2, -3) if model.complex else (-1, -2)
+        apply, symbol = model.filter, SPECTRAL_FACTOR * (model.power + ridge) * (1 / squared).mean(axes, keepdim=True)
+    symbol = symbol + _mirrored(periodic_laplacian(coefficient), symbol.shape[-1], coefficient.shape[-1])
+    response = 1 / symbol
+    return Preconditioner(lambda v: inverse * apply(inverse * v, response))
 
 
-def cosine_convolution(
+def ridge_convolution(
     spectrum: Tensor, data: DataTerm, ridge: float, strong_convexity: Tensor | None
 ) -> Preconditioner | None:
-    """v -> C^T (1 / S) C v with C the cosine transform and S = (data term) + ridge + spectrum.
+    """v -> C^T (1 / S) C v with C the cosine or Fourier transform and S = (data term) + ridge + spectrum.
 
     Args:
-        spectrum: of the regularizer's Hessian with its second derivatives replaced by their means, ``(B, C, H, W)``.
+        spectrum: of the regularizer's Hessian with its second derivatives replaced by their means, in the cosine basis,
+            ``(B, C, H, W)``.
         data: the data term.
         ridge: of the energy.
         strong_convexity: mu, ``(B,)``, or ``None``.
@@ -69,9 +75,12 @@ def cosine_convolution(
     Returns:
         ``None`` where nothing is known of the data term's spectrum, or no preconditioner is needed.
     """
-    base = _cosine_spectrum(data)
+    base, apply = _cosine_spectrum(data), cosine_filter
     if base is None:
-        return None
+        model = data.fourier_model()
+        if model is None:
+            return None
+        base, apply, spectrum = model.power, model.filter, _on_fourier_grid(spectrum, model)
     whole = base + ridge + spectrum
     largest = whole.flatten(1).amax(1)
     if bool((largest <= WORTHWHILE * whole.flatten(1).amin(1)).all()):
@@ -79,7 +88,24 @@ def cosine_convolution(
     response = 1 / whole
     # H >= mu I
     lowest = None if strong_convexity is None else strong_convexity.double() / (largest.double() * (1 + 1e-5))
-    return Preconditioner(lambda v: cosine_filter(v, response), lowest)
+    return Preconditioner(lambda v: apply(v, response), lowest)
+
+
+def _on_fourier_grid(spectrum: Tensor, model: FourierModel) -> Tensor:
+    """From the frequencies pi u / N of the cosines to those of the Fourier basis, 2 pi k / N; the mean over parts."""
+    height, width = spectrum.shape[-2:]
+    rows, columns = (
+        (2 * _mirrored(torch.arange(n, device=spectrum.device), count, n)).clamp(max=n - 1)
+        for n, count in ((height, height), (width, model.power.shape[-1]))
+    )
+    spectrum = spectrum.index_select(-2, rows).index_select(-1, columns)
+    return spectrum.mean(1, keepdim=True) if model.complex else spectrum
+
+
+def _mirrored(half: Tensor, count: int, length: int) -> Tensor:
+    """The first ``count`` of ``length`` frequencies from (at least) the first half: those above are mirror images."""
+    k = torch.arange(count, device=half.device)
+    return half.index_select(-1, torch.minimum(k, length - k))
 
 
 def _cosine_spectrum(data: DataTerm) -> Tensor | None:

@@ -16,7 +16,7 @@ from bilevel_imaging.derivatives import (
     NewtonModel,
     Preconditioner,
 )
-from bilevel_imaging.energies.preconditioning import cosine_convolution, pays, scaled_convolution
+from bilevel_imaging.energies.preconditioning import pays, ridge_convolution, scaled_convolution
 from bilevel_imaging.energies.weighted_terms import DataMixed
 from bilevel_imaging.native import Stencil
 from bilevel_imaging.tensors import norm, squared_norm
@@ -43,7 +43,7 @@ class VariationalLinearization(Linearization):
         return _with_data_term(self.problem, self.inside.hvp(v), v)
 
     def stencil(self) -> Stencil | None:
-        return _with_diagonal(self.problem, self.inside)
+        return _whole_stencil(self.problem, self.inside)
 
     @cached_property
     def data_mixed(self) -> DataMixed | None:
@@ -191,7 +191,10 @@ def _convolution(problem: VariationalProblem, inside: Linearization | NewtonMode
     """In the cosine basis, or a scaled one in the Fourier basis: what the regularizer's part is close to."""
     spectrum = inside.cosine_spectrum()
     if spectrum is not None:
-        return cosine_convolution(spectrum, problem.data, problem.ridge, problem.constants().strong_convexity)
+        strong_convexity = problem.constants().strong_convexity
+        found = ridge_convolution(spectrum, problem.data, problem.ridge, strong_convexity)
+        if found is not None or problem.data.fourier_model() is None:
+            return found
     coefficient = inside.diffusion() if pays(problem.data) else None
     return None if coefficient is None else scaled_convolution(coefficient, problem.data, problem.ridge)
 
@@ -203,11 +206,20 @@ def _with_data_term(problem: VariationalProblem, product: Tensor, v: Tensor) -> 
     return product.add_(v, alpha=problem.ridge) if problem.ridge else product
 
 
-def _with_diagonal(problem: VariationalProblem, inside: Linearization | NewtonModel) -> Stencil | None:
-    """The regularizer's stencil with the Hessian of the data term and the ridge, where that is diagonal."""
-    diagonal = problem.data.diagonal()
-    stencil = None if diagonal is None else inside.stencil()
-    return None if stencil is None else stencil.plus(diagonal + problem.ridge)
+def _whole_stencil(problem: VariationalProblem, inside: Linearization | NewtonModel) -> Stencil | None:
+    """The regularizer's stencil with the Hessian of the data term and the ridge, where compiled code knows both."""
+    data = problem.data
+    diagonal, convolution = data.diagonal(), data.convolution()
+    stencil = None if diagonal is None and convolution is None else inside.stencil()
+    if stencil is None:
+        return None
+    if diagonal is not None:
+        return stencil.plus(diagonal + problem.ridge)
+
+    def count(products: int) -> None:
+        problem.cost.forward_ops += data.applications * products
+
+    return stencil.plus(torch.tensor(problem.ridge)).convolved(convolution).counted(count)
 
 
 class _VariationalModel(NewtonModel):
@@ -220,7 +232,7 @@ class _VariationalModel(NewtonModel):
         return _with_data_term(self.problem, self.inside.hvp(v), v)
 
     def stencil(self) -> Stencil | None:
-        return _with_diagonal(self.problem, self.inside)
+        return _whole_stencil(self.problem, self.inside)
 
     def preconditioner(self) -> Preconditioner | None:
         return _convolution(self.problem, self.inside)

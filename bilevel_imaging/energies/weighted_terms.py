@@ -15,11 +15,12 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bilevel_imaging.energies.data_terms import DataTerm
+from bilevel_imaging.energies.data_terms import DataTerm, FourierModel
 from bilevel_imaging.energies.data_weights import DataWeight, SamplingMask
 from bilevel_imaging.energies.frequencies import MRIFrequencies, frequencies_of
 from bilevel_imaging.tensors import inner, norm, squared_norm
@@ -132,6 +133,10 @@ class ScaledTerm(WeightedTerm):
         spectrum = self.inside.spectrum()
         return None if spectrum is None else self._scale(spectrum).detach()
 
+    def fourier_model(self) -> FourierModel | None:
+        model = self.inside.fourier_model()
+        return None if model is None else replace(model, power=self._scale(model.power).detach())
+
     def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         number = float(self.number)
         inverse = self.inside.shifted_inverse(shift / number)
@@ -232,11 +237,18 @@ class SpectralTerm(WeightedTerm):
     def spectrum(self) -> Tensor | None:
         if isinstance(self.frequencies, MRIFrequencies):
             return None  # not a convolution of real images
+        return self._power()
+
+    def _power(self) -> Tensor:
+        """Eigenvalues of A^T W A by channel of the image."""
         return self._spectrum(self.weight.weights())[:, : self.shape[1]].to(self.dtype)
 
+    def fourier_model(self) -> FourierModel:
+        return FourierModel(self._power(), self.frequencies.filter, isinstance(self.frequencies, MRIFrequencies))
+
     def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor]:
-        spectrum = self._spectrum(self.weight.weights())[:, : self.shape[1]].to(self.dtype)
-        return lambda v: self.frequencies.filter(v, 1 / (spectrum + shift))
+        response = 1 / (self._power() + shift)
+        return lambda v: self.frequencies.filter(v, response)
 
     def mixed(self, x: Tensor) -> DataMixed:
         return _SpectralMixed(self, x)

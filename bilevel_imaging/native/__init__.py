@@ -1,5 +1,6 @@
 """Fused CPU kernels in C, compiled on first use by the machine's own C compiler; without one, PyTorch does the same."""
 
+from bilevel_imaging.native.convolutions import SeparableConvolution, separable
 from bilevel_imaging.native.filters import Bank
 from bilevel_imaging.native.library import native_kernels, serves
 from bilevel_imaging.native.potentials import (
@@ -29,6 +30,7 @@ __all__ = [
     "AbsolutePotentials",
     "Bank",
     "Potentials",
+    "SeparableConvolution",
     "SplinePotentials",
     "Stencil",
     "SystemStates",
@@ -43,6 +45,7 @@ __all__ = [
     "native_kernels",
     "primal_dual",
     "relative_change",
+    "separable",
     "serves",
     "slope",
     "slopes",

@@ -9,8 +9,6 @@
 #define ROWS 7
 #define STRIP 32
 #endif
-#define LANES ((int64_t)(64 / sizeof(REAL)))
-typedef REAL NAME(Vector) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
 
 typedef struct {
     const REAL *forward, *backward;

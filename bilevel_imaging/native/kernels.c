@@ -72,6 +72,7 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #define NAME(f) f##_float32
 #define SQRT sqrtf
 #include "updates.h"
+#include "convolutions.h"
 #include "stencils.h"
 #include "total_variation.h"
 #include "potentials.h"
@@ -83,6 +84,7 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #define NAME(f) f##_float64
 #define SQRT sqrt
 #include "updates.h"
+#include "convolutions.h"
 #include "stencils.h"
 #include "total_variation.h"
 #include "potentials.h"

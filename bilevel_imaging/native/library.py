@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.c", "stencils.h", "updates.h", "total_variation.h", "potentials.h", "filters.h")
+SOURCES = ("kernels.c", "convolutions.h", "stencils.h", "updates.h", "total_variation.h", "potentials.h", "filters.h")
 # sums may be reassociated and products contracted; NaN and inf keep their meaning
 FLAGS = (
     "-O3",
@@ -172,10 +172,9 @@ def _agrees(library: ctypes.CDLL) -> bool:
         z, one, zero = torch.empty_like(v), torch.ones_like(v), torch.zeros_like(v)
         kernel = getattr(library, f"stencil_product_{suffix}")
         kernel.restype = None
-        fields = (pointer(one), pointer(zero), pointer(one), pointer(None))
-        kernel(
-            pointer(v), *fields, *reals(dtype, 2), pointer(z), *integers(1, 2 * height, height, width), ctypes.c_int(1)
-        )
+        fields = (pointer(one), pointer(zero), pointer(one), pointer(None), *reals(dtype, 2))
+        sizes = integers(1, 2 * height, height, width)
+        kernel(pointer(v), *fields, pointer(None), *integers(0, 0), pointer(z), *sizes, ctypes.c_int(1))
         expected = 2 * v
         for axis in (1, 2):
             n = v.shape[axis]

@@ -1,17 +1,24 @@
 /* Included by kernels.c for each type. Images are stored row by row; a sample is `rows` rows of `width` pixels, of which
    every `height` form one plane (channel). D are forward differences inside a plane, 0 at its last row and column.
 
-   A stencil is diag(d) + D^T M D with a symmetric 2 x 2 matrix M = [[a, b], [b, c]] at every pixel, b being 0 in the last
-   row and column. `d` is one number, or a pixel's own where `diagonal` is not NULL. */
+   A stencil is diag(d) + D^T M D + K with a symmetric 2 x 2 matrix M = [[a, b], [b, c]] at every pixel, b being 0 in the
+   last row and column. `d` is one number, or a pixel's own where `diagonal` is not NULL; K is a symmetric circular
+   convolution, or none. */
 
 typedef struct {
     const REAL *a, *b, *c, *diagonal;
     REAL constant;
+    NAME(Convolution) convolution;
     int64_t rows, height, width;
 } NAME(Stencil);
 
-/* Row `row` of (diag(d) + D^T M D) p, into z; returns <p, z> on it. `above` holds the vertical part of the row above and
-   is replaced by that of this row; `right` is scratch of width + 1. */
+/* Scratch for the products of one thread: `above` and what follows it. */
+static REAL *NAME(scratch)(int64_t width, int64_t taps) {
+    return malloc((4 * width + 1 + taps) * sizeof(REAL));
+}
+
+/* Row `row` of the stencil's product with p, into z; returns <p, z> on it. `above` holds the vertical part of the row
+   above and is replaced by that of this row; `right` is scratch of 2 * width + 1 + taps. */
 static REAL NAME(row_product)(
     const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict z, REAL *restrict above, REAL *restrict right
 ) {
@@ -44,6 +51,8 @@ static REAL NAME(row_product)(
         above[w - 1] = edge;
         for (int64_t j = 0; j < w; j++) out[j] += right[j] - right[j + 1];
     }
+    if (s->convolution.filters)
+        NAME(row_convolution)(&s->convolution, p, row, s->height, w, out, right + w + 1);
     if (s->diagonal) {
         const REAL *restrict d = s->diagonal + at;
         for (int64_t j = 0; j < w; j++) {
@@ -63,23 +72,37 @@ static REAL NAME(row_product)(
 /* The vertical part of row `row` alone, into `above`, by the same code: the same bits whoever computes it. `work` is
    scratch of 2 * width + 1. */
 static void NAME(vertical)(const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *above, REAL *work) {
-    NAME(row_product)(s, p, row, work - row * s->width, above, work + s->width);
+    NAME(Stencil) local = *s;
+    local.convolution.filters = NULL;
+    NAME(row_product)(&local, p, row, work - row * s->width, above, work + s->width);
 }
 
-/* z = (diag(d) + D^T M D) p for `count` samples; sample i of every field starts at i * rows * width. */
+/* That of sample `i`, of those that start at `s`; every sample of a field takes rows * width numbers. */
+static NAME(Stencil) NAME(sample)(const NAME(Stencil) *s, int64_t i) {
+    NAME(Stencil) one = *s;
+    const int64_t at = i * s->rows * s->width;
+    one.a += at, one.b += at, one.c += at;
+    if (one.diagonal) one.diagonal += at;
+    if (one.convolution.filters)
+        one.convolution.filters += i * (s->rows / s->height) * s->convolution.terms * 2 * s->convolution.taps;
+    return one;
+}
+
+/* z = (the stencil) p for `count` samples. */
 void NAME(stencil_product)(
-    const REAL *p, const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, REAL *z,
-    int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+    const REAL *p, const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant,
+    const REAL *filters, int64_t terms, int64_t taps, REAL *z, int64_t count, int64_t rows, int64_t height, int64_t width,
+    int threads
 ) {
+    const NAME(Stencil) first = {a, b, c, diagonal, constant, {filters, terms, taps}, rows, height, width};
     const int64_t blocks_each = blocks_of_each(count, threads);
     const int64_t blocks = count * blocks_each;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = (block / blocks_each) * rows * width, part = block % blocks_each;
         const int64_t from = rows * part / blocks_each, to = rows * (part + 1) / blocks_each;
-        const NAME(Stencil) s = {
-            a + start, b + start, c + start, diagonal ? diagonal + start : NULL, constant, rows, height, width};
-        REAL *work = malloc((3 * width + 1) * sizeof(REAL));
+        const NAME(Stencil) s = NAME(sample)(&first, block / blocks_each);
+        REAL *work = NAME(scratch)(width, taps);
         if (from < to && from > 0) NAME(vertical)(&s, p + start, from - 1, work, work + width);
         for (int64_t row = from; row < to; row++)
             NAME(row_product)(&s, p + start, row, z + start, work, work + width);
@@ -107,7 +130,7 @@ static void NAME(solve_one)(
     REAL beta = 0;
     int pending = 0; /* p = r + beta p is put off until the next product, which passes over p anyway */
     while (now.status == RUNNING && now.iterations < max_iter && now.residual > now.target && isfinite(now.residual)) {
-        if (pending && team > 1) {
+        if (pending && (team > 1 || s->convolution.filters)) { /* other rows are needed than the next one */
             NAME(turn)(p + from * w, r + from * w, beta, (to - from) * w);
             pending = 0;
             wait_for_team(team);
@@ -152,26 +175,28 @@ static void NAME(solve_one)(
     if (thread == 0) *shared = now;
 }
 
-/* Conjugate gradients for (diag(d) + D^T M D) q = b, all samples; q, r, p and `progress` go on from where they are. */
+/* Conjugate gradients for (the stencil) q = b, all samples; q, r, p and `progress` go on from where they are. */
 void NAME(stencil_solve)(
-    const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, REAL *q, REAL *r, REAL *p,
-    void *progress, int64_t count, int64_t rows, int64_t height, int64_t width, int64_t max_iter, int threads
+    const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, const REAL *filters, int64_t terms,
+    int64_t taps, REAL *q, REAL *r, REAL *p, void *progress, int64_t count, int64_t rows, int64_t height, int64_t width,
+    int64_t max_iter, int threads
 ) {
+    const NAME(Stencil) first = {a, b, c, diagonal, constant, {filters, terms, taps}, rows, height, width};
     NAME(Progress) *all = progress;
     const int64_t size = rows * width;
     if (count >= threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            REAL *z = malloc((size + 3 * width + 1) * sizeof(REAL));
+            REAL *z = malloc(size * sizeof(REAL)), *work = NAME(scratch)(width, taps);
             double *sums = malloc(2 * rows * sizeof(double));
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count; i++) {
                 const int64_t at = i * size;
-                const NAME(Stencil) s = {
-                    a + at, b + at, c + at, diagonal ? diagonal + at : NULL, constant, rows, height, width};
-                NAME(solve_one)(&s, q + at, r + at, p + at, z, sums, z + size, all + i, max_iter, 0, 1);
+                const NAME(Stencil) s = NAME(sample)(&first, i);
+                NAME(solve_one)(&s, q + at, r + at, p + at, z, sums, work, all + i, max_iter, 0, 1);
             }
             free(z);
+            free(work);
             free(sums);
         }
         return;
@@ -180,11 +205,10 @@ void NAME(stencil_solve)(
     double *sums = malloc(2 * rows * sizeof(double));
 #pragma omp parallel num_threads(threads)
     {
-        REAL *work = malloc((3 * width + 1) * sizeof(REAL));
+        REAL *work = NAME(scratch)(width, taps);
         for (int64_t i = 0; i < count; i++) {
             const int64_t at = i * size;
-            const NAME(Stencil) s = {
-                a + at, b + at, c + at, diagonal ? diagonal + at : NULL, constant, rows, height, width};
+            const NAME(Stencil) s = NAME(sample)(&first, i);
             NAME(solve_one)(
                 &s, q + at, r + at, p + at, z, sums, work, all + i, max_iter, thread_number(), team_size());
         }

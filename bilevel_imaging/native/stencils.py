@@ -1,4 +1,5 @@
-"""Operators diag(d) + D^T M D of images, D the forward differences: products, and whole runs of conjugate gradients."""
+"""Operators diag(d) + D^T M D + K of images, D the forward differences and K a convolution: products, and whole runs of
+conjugate gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel_imaging.native.convolutions import SeparableConvolution
 from bilevel_imaging.native.library import function, integers, pointer, reals, threads
 
 _PROGRESS = 8  # numbers in the C struct: six doubles and two integers, 8 bytes each
@@ -16,7 +18,7 @@ _PROGRESS = 8  # numbers in the C struct: six doubles and two integers, 8 bytes 
 
 @dataclass(frozen=True)
 class Stencil:
-    """v -> d v + D^T M D v with a symmetric 2 x 2 matrix M = [[a, b], [b, c]] at every pixel.
+    """v -> d v + D^T M D v + K v with a symmetric 2 x 2 matrix M = [[a, b], [b, c]] at every pixel.
 
     D are forward differences, 0 at the last row and column, channel by channel; b must be 0 there.
 
@@ -24,12 +26,14 @@ class Stencil:
         field: a, b, c, contiguous, ``(3, B, C, H, W)``, on the CPU.
         diagonal: d, contiguous, ``(B, C, H, W)``, or ``None`` if it is the same number everywhere.
         constant: that number.
+        convolution: K, symmetric, or ``None``.
         count: told how many products have been made.
     """
 
     field: Tensor
     diagonal: Tensor | None = None
     constant: float = 0.0
+    convolution: SeparableConvolution | None = None
     count: Callable[[int], None] = lambda products: None
 
     def plus(self, diagonal: Tensor) -> Stencil:
@@ -38,9 +42,19 @@ class Stencil:
             return replace(self, constant=float(diagonal))
         return replace(self, diagonal=diagonal.to(self.field.dtype).expand(self.field.shape[1:]).contiguous())
 
+    def convolved(self, convolution: SeparableConvolution) -> Stencil:
+        """With ``convolution`` in place of none."""
+        return replace(self, convolution=convolution)
+
     def counted(self, count: Callable[[int], None]) -> Stencil:
-        """The same, reporting to ``count``."""
-        return replace(self, count=count)
+        """The same, reporting to ``count``, too."""
+        before = self.count
+
+        def both(products: int) -> None:
+            before(products)
+            count(products)
+
+        return replace(self, count=both)
 
     def product(self, v: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
@@ -72,7 +86,10 @@ class Stencil:
 
     def _operator(self) -> tuple:
         a, b, c = (pointer(plane) for plane in self.field)
-        return a, b, c, pointer(self.diagonal), *reals(self.field.dtype, self.constant)
+        filters = None if self.convolution is None else self.convolution.filters
+        terms, taps = (0, 0) if filters is None else filters.shape[2:5:2]
+        local = (a, b, c, pointer(self.diagonal), *reals(self.field.dtype, self.constant))
+        return *local, pointer(filters), *integers(terms, taps)
 
     def _sizes(self) -> tuple[ctypes.c_int64, ...]:
         _, batch, channels, height, width = self.field.shape

@@ -1,5 +1,9 @@
 /* Included by kernels.c for each type. */
 
+/* The compiler's own vectors of 64 bytes, whatever the processor makes of them. */
+#define LANES ((int64_t)(64 / sizeof(REAL)))
+typedef REAL NAME(Vector) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+
 /* q += alpha p, r -= alpha z; returns ||r||^2. */
 static REAL NAME(move)(
     REAL *restrict q, REAL *restrict r, const REAL *restrict p, const REAL *restrict z, REAL alpha, int64_t n
