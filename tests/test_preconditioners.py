@@ -142,3 +142,29 @@ def test_cosine_model_saves_iterations_on_total_variation():
     plain = ConjugateGradient().solve(linearization, x - clean, 1e-8)
     solution = ConjugateGradient(preconditioner=precondition).solve(linearization, x - clean, 1e-8)
     assert solution.converged.all() and (1.3 * solution.iterations < plain.iterations).all()
+
+
+def problem_of(kind: str) -> tuple[bi.energies.LowerLevelProblem, Tensor]:
+    """A square in noise, of which half the pixels are missing or which a random filter has blurred."""
+    n = torch.arange(32, dtype=F64)
+    clean = ((n[:, None] > 12) & (n[None, :] > 9)).double()[None, None]
+    if kind == "inpainting":
+        mask = (torch.rand(clean.shape[1:], generator=torch.Generator().manual_seed(0), dtype=F64) > 0.5).double()
+        physics = deepinv.physics.Inpainting(img_size=clean.shape[1:], mask=mask)
+    else:
+        physics = deepinv.physics.BlurFFT(clean.shape[1:], filter=torch.rand(1, 1, 9, 9, dtype=F64) / 81)
+    y = physics.A(clean) + 0.02 * draw(*clean.shape)
+    return bi.VariationalEnergy(bi.TotalVariation(0.05, 0.01), ridge=1e-3).bind(y, physics), clean
+
+
+@pytest.mark.parametrize(("kind", "gain"), [("inpainting", 4), ("deblurring", 4)])
+def test_scaled_convolutions_save_most_iterations(kind, gain):
+    torch.manual_seed(0)
+    problem, clean = problem_of(kind)
+    x = bi.lower_solvers.NewtonCG().solve(problem, None, 1e-4).x
+    linearization = problem.linearize(x)
+    assert linearization.preconditioner() is not None
+    plain = ConjugateGradient().solve(linearization, x - clean, 1e-6)
+    solution = ConjugateGradient(preconditioner="auto").solve(linearization, x - clean, 1e-6)
+    assert solution.converged.all() and (gain * solution.iterations < plain.iterations).all()
+    torch.testing.assert_close(solution.q, plain.q, rtol=0, atol=2e-3)  # 1e-6 over the ridge, twice

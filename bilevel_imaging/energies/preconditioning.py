@@ -55,19 +55,20 @@ def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Pre
     else:
         axes = (-1, -2, -3) if model.complex else (-1, -2)
         apply, symbol = model.filter, SPECTRAL_FACTOR * (model.power + ridge) * (1 / squared).mean(axes, keepdim=True)
-    symbol = symbol + _mirrored(periodic_laplacian(coefficient), symbol.shape[-1], coefficient.shape[-1])
-    response = 1 / symbol
+    laplacian = periodic_laplacian(coefficient)
+    if model is not None:
+        laplacian = _mirrored(laplacian, symbol.shape[-1], coefficient.shape[-1])
+    response = 1 / (symbol + laplacian)
     return Preconditioner(lambda v: inverse * apply(inverse * v, response))
 
 
-def ridge_convolution(
+def cosine_convolution(
     spectrum: Tensor, data: DataTerm, ridge: float, strong_convexity: Tensor | None
 ) -> Preconditioner | None:
-    """v -> C^T (1 / S) C v with C the cosine or Fourier transform and S = (data term) + ridge + spectrum.
+    """v -> C^T (1 / S) C v with C the cosine transform and S = (data term) + ridge + spectrum.
 
     Args:
-        spectrum: of the regularizer's Hessian with its second derivatives replaced by their means, in the cosine basis,
-            ``(B, C, H, W)``.
+        spectrum: of the regularizer's Hessian with its second derivatives replaced by their means, ``(B, C, H, W)``.
         data: the data term.
         ridge: of the energy.
         strong_convexity: mu, ``(B,)``, or ``None``.
@@ -75,20 +76,57 @@ def ridge_convolution(
     Returns:
         ``None`` where nothing is known of the data term's spectrum, or no preconditioner is needed.
     """
-    base, apply = _cosine_spectrum(data), cosine_filter
+    base = _cosine_spectrum(data)
     if base is None:
-        model = data.fourier_model()
-        if model is None:
-            return None
-        base, apply, spectrum = model.power, model.filter, _on_fourier_grid(spectrum, model)
+        return None
     whole = base + ridge + spectrum
     largest = whole.flatten(1).amax(1)
     if bool((largest <= WORTHWHILE * whole.flatten(1).amin(1)).all()):
         return None
     response = 1 / whole
-    # H >= mu I
-    lowest = None if strong_convexity is None else strong_convexity.double() / (largest.double() * (1 + 1e-5))
-    return Preconditioner(lambda v: apply(v, response), lowest)
+    return Preconditioner(lambda v: cosine_filter(v, response), _lowest(strong_convexity, largest))
+
+
+def local_convolution(
+    spectrum: Tensor, local: Tensor | None, data: DataTerm, ridge: float, strong_convexity: Tensor | None
+) -> Preconditioner | None:
+    """v -> E^{-1} F^* (1 / S) F E^{-1} v with S = (data term + ridge) / E^2 + spectrum / (mean of E^2).
+
+    As ``scaled_convolution``, for regularizers that are no diffusions: E^2 is the diagonal of their Hessian, raised by
+    a multiple of the data term's mean.
+
+    Args:
+        spectrum: of the regularizer's Hessian with its second derivatives replaced by their means, in the cosine basis,
+            ``(B, C, H, W)``.
+        local: diagonal of the regularizer's Hessian, likewise; ``None`` for E = 1.
+        data: one that is close to a filter of the Fourier basis, or nothing is done.
+        ridge: of the energy.
+        strong_convexity: mu, ``(B,)``, or ``None``.
+
+    Returns:
+        ``None`` where nothing is known of the data term's spectrum, or no preconditioner is needed.
+    """
+    model = data.fourier_model()
+    if model is None:
+        return None
+    base = model.power + ridge
+    spectrum = _on_fourier_grid(spectrum, model)
+    if bool((spectrum.amax() <= WORTHWHILE * base.amin()).all()):
+        return None
+    if local is None:
+        squared = torch.ones_like(spectrum[..., :1, :1])
+    else:
+        squared = local + 4 * FLOOR * base.mean((-1, -2), keepdim=True)
+    axes = (-1, -2, -3) if model.complex else (-1, -2)
+    symbol = base * (1 / squared).mean(axes, keepdim=True) + spectrum / squared.mean(axes, keepdim=True)
+    inverse, response = squared.rsqrt(), 1 / symbol
+    largest = symbol.flatten(1).amax(1) * squared.flatten(1).amax(1)
+    return Preconditioner(lambda v: inverse * model.filter(inverse * v, response), _lowest(strong_convexity, largest))
+
+
+def _lowest(strong_convexity: Tensor | None, largest: Tensor) -> Tensor | None:
+    """Lower bound of lambda_min(P^{-1} H), since H >= mu and P <= largest, up to rounding."""
+    return None if strong_convexity is None else strong_convexity.double() / (largest.double() * (1 + 1e-5))
 
 
 def _on_fourier_grid(spectrum: Tensor, model: FourierModel) -> Tensor:

@@ -16,7 +16,12 @@ from bilevel_imaging.derivatives import (
     NewtonModel,
     Preconditioner,
 )
-from bilevel_imaging.energies.preconditioning import pays, ridge_convolution, scaled_convolution
+from bilevel_imaging.energies.preconditioning import (
+    cosine_convolution,
+    local_convolution,
+    pays,
+    scaled_convolution,
+)
 from bilevel_imaging.energies.weighted_terms import DataMixed
 from bilevel_imaging.native import Stencil
 from bilevel_imaging.tensors import norm, squared_norm
@@ -191,10 +196,11 @@ def _convolution(problem: VariationalProblem, inside: Linearization | NewtonMode
     """In the cosine basis, or a scaled one in the Fourier basis: what the regularizer's part is close to."""
     spectrum = inside.cosine_spectrum()
     if spectrum is not None:
-        strong_convexity = problem.constants().strong_convexity
-        found = ridge_convolution(spectrum, problem.data, problem.ridge, strong_convexity)
-        if found is not None or problem.data.fourier_model() is None:
-            return found
+        constants, data = problem.constants(), problem.data
+        if data.diagonal() is None and data.spectrum() is None:
+            local = inside.local_curvature()
+            return local_convolution(spectrum, local, data, problem.ridge, constants.strong_convexity)
+        return cosine_convolution(spectrum, data, problem.ridge, constants.strong_convexity)
     coefficient = inside.diffusion() if pays(problem.data) else None
     return None if coefficient is None else scaled_convolution(coefficient, problem.data, problem.ridge)
 
