@@ -118,6 +118,10 @@ class NewtonModel(abc.ABC):
         """As in ``Linearization``."""
         return None
 
+    def local_curvature(self) -> Tensor | None:
+        """As in ``Linearization``."""
+        return None
+
     def preconditioner(self) -> Preconditioner | None:
         """As in ``Linearization``."""
         return None
@@ -243,6 +247,11 @@ class Linearization(abc.ABC):
     def cosine_spectrum(self) -> Tensor | None:
         """Response ``(B, *image)`` >= 0 in the basis of ``transforms.dct2`` if the Hessian is close to such a filter;
         else ``None``."""
+        return None
+
+    def local_curvature(self) -> Tensor | None:
+        """About the diagonal of the Hessian, ``(B, *image)`` > 0, where that filter is a mean over the image; else
+        ``None``."""
         return None
 
     def newton_model(self, memory: Tensor) -> NewtonModel | None:

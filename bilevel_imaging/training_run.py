@@ -33,6 +33,7 @@ from bilevel_imaging.training.metrics_log import finite_or_none
 from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.progress import format_interval
 from bilevel_imaging.training.random_objective import RandomPatchObjective
+from bilevel_imaging.training.sampling import compare_patterns, describe_patterns
 from bilevel_imaging.training.state import digest
 from bilevel_imaging.training.validation import Validator
 from bilevel_imaging.upper_level import FOLLOWING_METHODS
@@ -40,8 +41,8 @@ from bilevel_imaging.upper_level import FOLLOWING_METHODS
 CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.yaml", "data.json", "summary.json"
 REGULARIZER_FILE = "regularizer.safetensors"
 GRID_FILE = "grid_search.json"
-# these make the steps of the lower level themselves, of all images of a step
-ONE_PROCESS_METHODS = (*FOLLOWING_METHODS, "dfo_ls")
+# these make the steps of the lower level themselves, of all images of a step, or solve further systems there
+ONE_PROCESS_METHODS = (*FOLLOWING_METHODS, "dfo_ls", "kunisch_pock")
 
 
 def train(config: RunConfig, folder: Path, *, resume: bool = False, processes: Processes = ALONE) -> int:
@@ -130,7 +131,13 @@ def _compared(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dic
     test = assembly.evaluation_pairs(config, "test")
     evaluation = evaluate(_energies(config, energy, search), test)
     _save_picture(evaluation, folder / "pictures" / "evaluation.png")
-    return evaluation.to_dict() | {"grid_search": _search_summary(search)}
+    result = evaluation.to_dict() | {"grid_search": _search_summary(search)}
+    weight = energy.data_weight
+    if isinstance(weight, SamplingMask) and config.problem.acceleration == 1 and weight.mask.shape[0] == 1:
+        tuning = assembly.training_pairs(config, "baseline")
+        options = {"ridge": energy.ridge, "seed": config.seed}
+        result["patterns"] = compare_patterns(weight, energy.regularizer, tuning, test, **options)
+    return result
 
 
 def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective | RandomPatchObjective) -> Trainer:
@@ -319,6 +326,9 @@ def report(summary: dict[str, Any], folder: Path, images: int) -> str:
                 f"grid search {v['grid_search']} (weight {search['weight']:.3g}{fixed})"
             )
         lines.append(f"               mean over test images that the training has not seen: {images}")
+    if "patterns" in summary:
+        lines.append("Of the same number of columns, each measured or not, weights tuned for each pattern:")
+        lines += ["  " + line for line in describe_patterns(summary["patterns"])]
     lines += ["Next:", f"  tensorboard --logdir {folder.parent}"]
     lines.append(f"  python scripts/evaluate.py {folder} --data FOLDER_WITH_IMAGES")
     if summary["status"] == "completed":

@@ -6,7 +6,7 @@ python scripts/reproduce.py training_curves runs/A runs/B [--json PATH]
 python scripts/reproduce.py ct --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py hypercleaning [--mnist DIR] [--settings SETTING...] [--json PATH]
-python scripts/reproduce.py maid [--budget N] [--problems tv foe] [--json PATH]
+python scripts/reproduce.py maid [--budget N] [--problems tv foe] [--parts methods starts] [--json PATH]
 """
 
 import argparse
@@ -72,7 +72,8 @@ def add_denoising_options(command: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--max-images", type=int, metavar="N", help="the first N images only, of every folder")
     add("--crop", type=int, metavar="SIZE", help="cut images to this height and width at most (default: whole images)")
-    add("--tune", action="store_true", help="adapt and save weight and scale for every noise level")
+    tune = "adapt both or one of them to every noise level, and save what comes out"
+    add("--tune", nargs="*", choices=["weight", "scale"], help=tune)
     add("--tv", action="store_true", help="add total variation with tuned weight and smoothing")
     add("--tuning-images", type=Path, metavar="DIR", help="images to tune on (default: bundled training photographs)")
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
@@ -116,6 +117,8 @@ def add_hypercleaning_options(command: argparse.ArgumentParser) -> None:
     )
     add("--budget", type=int, help="iterations of both solvers together, per setting (default: 100000)")
     add("--minutes", type=float, help="limit of time per setting (default: none)")
+    add("--again", action="store_true", help="also run the settings that the record of --json has already finished")
+    add("--keep", type=Path, nargs="+", metavar="RECORD", help="more records of runs before, whose settings are kept")
 
 
 def add_maid_options(command: argparse.ArgumentParser) -> None:
@@ -123,14 +126,17 @@ def add_maid_options(command: argparse.ArgumentParser) -> None:
     command.description = "Methods of the MAID paper on TV denoising and Fields of Experts: loss against total work."
     add = command.add_argument
     add("--budget", type=int, help="gradients, Hessian and mixed products per method (default: 6000)")
-    add("--problems", nargs="+", metavar="PROBLEM", help="tv, foe (default: both)")
+    add("--problems", nargs="*", metavar="PROBLEM", help="tv, foe (default: both), or none to join records only")
+    add("--parts", nargs="+", metavar="PART", help="methods, starts (default: both)")
+    add("--keep", type=Path, nargs="+", metavar="RECORD", help="records of runs before: keep what is not done now")
     add("--figure", type=Path, metavar="PATH", help="also write the picture here")
 
 
 def maid_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """Arguments of run(); the record is saved after every method."""
-    chosen = {name: getattr(parsed, name) for name in ("budget", "problems")}
+    chosen = {name: getattr(parsed, name) for name in ("budget", "problems", "parts")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen["earlier"] = [json.loads(path.read_text()) for path in parsed.keep or []]
 
     def save(record: dict[str, Any]) -> None:
         if parsed.json is not None:
@@ -140,7 +146,7 @@ def maid_options(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
-    """Arguments of run(); the digits are read here, and the record is saved after every setting."""
+    """Arguments of run(); the digits are read here, the record is saved after every setting and completed later."""
     chosen = {name: getattr(parsed, name) for name in ("settings", "budget", "minutes")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
 
@@ -148,12 +154,21 @@ def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[s
         if parsed.json is not None:
             save_record(record, parsed.json)
 
-    return {"data": experiment.load(parsed.mnist), "save": save, "progress": True, **chosen}
+    known = [parsed.json] if parsed.json is not None and parsed.json.exists() and not parsed.again else []
+    earlier = [json.loads(path.read_text()) for path in [*known, *(parsed.keep or [])]]
+    return {"data": experiment.load(parsed.mnist), "earlier": earlier, "save": save, "progress": True, **chosen}
 
 
 def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
-    """Arguments of run(): files and folders are read here."""
+    """Arguments of run(): files and folders are read here; what is finished is saved after every method."""
     kind = parsed.experiment
+
+    def save(record: dict[str, Any]) -> None:
+        folder = output_folder(parsed)
+        for path in filter(None, [folder / "record.json", parsed.json]):
+            save_record(record, path)
+        save_learned(record, folder)
+
     own = {"views": parsed.views} if kind == "ct" else {"acceleration": parsed.acceleration}
     return {
         "problem": experiment.Problem(kind, noise=parsed.noise, ridge=parsed.ridge, seed=parsed.seed, **own),
@@ -161,6 +176,7 @@ def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, An
         "regularizers": load_files(parsed),
         "slices": tuple(parsed.slices),
         "train": parsed.train,
+        "save": save,
         "progress": True,
         "device": parsed.device,
     }
@@ -185,7 +201,7 @@ def denoising_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, 
         "sigmas": [255 * noise for noise in parsed.noise] if parsed.noise else parsed.sigma or [25.0],
         "seed": parsed.seed,
         "tuning": tuning,
-        "tune": parsed.tune,
+        "tune": () if parsed.tune is None else parsed.tune or ("weight", "scale"),
         "tv": parsed.tv or None,
         "progress": True,
         "device": parsed.device,
@@ -218,9 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         command.exit(2, f"error: {one_line(error)}\n")
     print(experiment.table(record))
-    folder = parsed.output or Path("runs", "reproduce", parsed.experiment)
-    write(experiment, record, folder, parsed.json, getattr(parsed, "figure", None))
+    write(experiment, record, output_folder(parsed), parsed.json, getattr(parsed, "figure", None))
     return 0 if record.get("complete", True) else 130
+
+
+def output_folder(parsed: argparse.Namespace) -> Path:
+    """Where figures and record go."""
+    return parsed.output or Path("runs", "reproduce", parsed.experiment)
 
 
 def options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from bilevel_imaging.upper_level import (
     CertifiedValue,
     FirstOrder,
     GridSearch,
+    KunischPock,
     NoisyLineSearch,
     NoisyTrustRegion,
     PaperMAID,
@@ -43,6 +44,7 @@ from bilevel_imaging.upper_level import (
     StepReport,
     UpperLevelMethod,
 )
+from bilevel_imaging.upper_level import sensitivities as moving
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
 from bilevel_imaging.upper_level.trust_region_models import RankOneHessian, trust_region_step
 
@@ -201,6 +203,7 @@ GRADIENT_METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
     "hoag": HOAG,
     "noisy_line_search": lambda **options: NoisyLineSearch(tolerance=0.0, **options),
     "noisy_trust_region": lambda **options: NoisyTrustRegion(tolerance=0.0, **options),
+    "kunisch_pock": lambda **options: KunischPock(tolerance=0.0, **options),
 }
 METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
     **GRADIENT_METHODS,
@@ -238,24 +241,38 @@ def scalars(report: StepReport) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "hoag" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+    "name", [name if name == "hoag" else pytest.param(name, marks=pytest.mark.slow) for name in [*METHODS, "maid"]]
 )
 def test_known_solution_from_any_start(name):
     for seed in range(10):
         objective = QuadraticBilevel(start(seed, 1 if name == "grid" else 2), seed=seed)
         if name == "grid":  # ten times more losses to compute than in other methods
             objective.lower = NewtonCG()
-        reports = train(objective, METHODS[name](), 300, goal=1e-6)
+        reports = train(objective, MAID() if name == "maid" else METHODS[name](), 300, goal=1e-6)
         assert objective.distance() <= 1e-6, (seed, len(reports), reports[-1])
 
 
-@pytest.mark.parametrize("name", ["hoag", "noisy_trust_region"])
+@pytest.mark.parametrize("name", ["hoag", "noisy_trust_region", "kunisch_pock"])
 def test_solution_with_positive_loss(name):
     # gradients decide in the end: certified losses can't tell thetas apart that are closer than about 1e-5
     for seed in range(2):
         objective = QuadraticBilevel(start(seed), exact=False, seed=seed)
         train(objective, METHODS[name](), 300, goal=1e-6)
         assert objective.distance() <= 1e-6, seed
+
+
+@pytest.mark.parametrize("model", ["newton", "gauss_newton"])
+def test_trust_region_with_derivatives_of_the_minimizers(model):
+    objective, method = QuadraticBilevel(start(5), exact=False), NoisyTrustRegion(tolerance=0.0, model=model)
+    train(objective, method, 2)
+    state = saved({"method": method.state_dict(), "objective": objective.state_dict()})
+    other, restored = QuadraticBilevel(flatten(objective.theta), exact=False), NoisyTrustRegion(tolerance=0.0)
+    other.load_state_dict(state["objective"])
+    restored.load_state_dict(state["method"])
+    restored.model = model
+    assert scalars(restored.step(other)) == scalars(method.step(objective))
+    train(objective, method, 12, goal=1e-6)
+    assert objective.distance() <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["maid_paper", "dfo_ls"])
@@ -372,7 +389,7 @@ def test_relaxed_tests_accept_what_noise_hides(name, monkeypatch):
     assert report.accepted and report.backtracks == 0
     strict = {
         "noisy_line_search": lambda self, old, new, needed: new.value <= old.value - needed,
-        "noisy_trust_region": lambda self, old, new, predicted: old.value - new.value >= 0.1 * predicted,
+        "noisy_trust_region": lambda self, both, predicted: both.old.value - both.new.value >= 0.1 * predicted,
     }
     monkeypatch.setattr(BROKEN[name][0], "_accepted", strict[name])
     report = METHODS[name]().step(Biased(**hidden))
@@ -427,6 +444,84 @@ def test_trust_region_grows_and_shrinks():
     reports = [method.step(objective) for _ in range(3)]
     assert [r.accepted for r in reports] == [False, False, False] and method.radius == pytest.approx(0.1)
     assert method.step(objective).accepted
+
+
+def test_models_of_the_trust_region():
+    objective = weight_objective()
+    method = NoisyTrustRegion()
+    method.step(objective)
+    assert len(method.derivatives) == 1  # of one batch of images: a few parameters
+    method = NoisyTrustRegion()
+    method.step(QuadraticBilevel(start(0)))  # which hands out no minibatches: no SampledObjective
+    assert not method.derivatives
+    objective.processes = SimpleNamespace(size=2)
+    product, cost = NoisyTrustRegion()._model(objective)
+    assert not product(torch.ones(1)).any() and cost.work == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# derivatives of the minimizers
+
+
+def smooth_objective(**options: int) -> bi.BilevelObjective:
+    pairs = ImagePairs.build(
+        [(name, image[:, 40:46, 40:47].clone()) for name, image in list(photographs(part="train").items())[:2]],
+        Degradation(sigma=0.1),
+    )
+    return bi.BilevelObjective(bi.VariationalEnergy(bi.TotalVariation(0.05, 0.1)), pairs, **options)
+
+
+def test_second_derivative_of_the_loss():
+    objective = smooth_objective()
+    theta, accuracy = flatten(objective.theta), {"error_tol": 1e-11, "residual_tol": 1e-11}
+    objective.hypergradient(**accuracy)
+    parts, cost = moving.sensitivities(objective, 1e-10)
+    hessian, more = moving.second_derivative(parts)
+    assert (cost.gradients, cost.mixed_products) == (2, 4) and cost.hvps > 0
+    assert (more.gradients, more.hvps, more.mixed_products) == (2, 6, 6)
+    slopes, points = [], []
+    for axis in torch.eye(2, dtype=torch.float64):
+        ends = []
+        for end in (1e-4, -1e-4):
+            assign(objective.theta, theta + end * axis)
+            h = objective.hypergradient(**accuracy)
+            ends.append((flatten(h.grad), h.x))
+        slopes.append((ends[0][0] - ends[1][0]) / 2e-4)
+        points.append((ends[0][1] - ends[1][1]) / 2e-4)
+    derivative = torch.stack(points, 1)
+    assert torch.allclose(parts[0].derivative, derivative, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(hessian, torch.stack(slopes), rtol=1e-5, atol=1e-8)
+    w = derivative.transpose(0, 1).flatten(1)
+    plain = moving.gauss_newton(parts)
+    assert torch.allclose(plain, w @ w.T / 2, rtol=1e-5) and not torch.allclose(plain, hessian, rtol=0.1)
+    apart = smooth_objective(batch_size=1)
+    apart.hypergradient(**accuracy)
+    parts, _ = moving.sensitivities(apart, 1e-10)
+    assert len(parts) == 2 and torch.allclose(moving.second_derivative(parts)[0], hessian, rtol=1e-7)
+
+
+def test_derivatives_of_the_minimizers_start_from_those_before():
+    objective = smooth_objective()
+    objective.hypergradient(relative=1e-3)
+    parts, cold = moving.sensitivities(objective, 1e-4)
+    again, warm = moving.sensitivities(objective, 1e-4, [part.derivative for part in parts])
+    assert warm.hvps == 2 * 2 < cold.hvps  # the residuals of two images and two parameters
+    assert torch.equal(again[0].derivative, parts[0].derivative)
+
+
+def test_columns_of_the_mixed_derivative_from_products():
+    objective = smooth_objective()
+    samples = objective.draw(everything=True)[0]
+    x = samples.problem.initial()
+    linearization = samples.problem.linearize(x)
+    nothing = SimpleNamespace(mixed_columns=lambda: None)
+    columns = moving._mixed_columns(samples.problem, nothing, x)
+    assert torch.allclose(columns, linearization.mixed_columns(), rtol=1e-10, atol=1e-14)
+
+
+def test_newton_needs_few_parameters():
+    with pytest.raises(ValueError, match="at most 100 parameters for kunisch_pock.*Got 101; choose maid"):
+        KunischPock().step(Biased([1.0] * 101, [1.0] * 101))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -547,7 +642,11 @@ def test_minibatches_are_refused(name):
         (PaperMAID, {"decrease": (0.0, 0.5), "max_backtracks": (0,), "lr": (-1.0,), "stationarity_tol": (0.0,)}),
         (HOAG, {"error_tol": (0.0,), "slack": (-1.0,), "ratio": (1.0,), "lr": (math.inf,)}),
         (NoisyLineSearch, {"gamma": (1.0,), "decrease": (0.5,), "noise": (0.0,), "tolerance": (1.0, -0.1)}),
-        (NoisyTrustRegion, {"relative": (1.0,), "accept": (0.0,), "radius": (0.0,), "memory": (0,)}),
+        (
+            NoisyTrustRegion,
+            {"relative": (1.0,), "accept": (0.0,), "radius": (0.0,), "memory": (0,), "model": ("bfgs",)},
+        ),
+        (KunischPock, {"relative": (0.0,), "sensitivity": (1.0,), "decrease": (0.5,), "largest_move": (0.0,)}),
         (DFOLS, {"radius": (0.0,), "accuracy": (-1.0,), "final_radius": (0.0,), "tolerance": (1.0,)}),
         (GridSearch, {"points": (2, 1, 4), "width": (0.0,), "error_tol": (0.0,), "tolerance": (1.0,)}),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,8 @@ from bilevel_imaging.errors import DataError
 from bilevel_imaging.experiments import medical, medical_learning
 from bilevel_imaging.experiments.medical_data import GAP, load_stack, phantom, resized, split_positions
 from bilevel_imaging.experiments.medical_problems import Problem, line_mask
+from bilevel_imaging.experiments.medical_progress import Log
+from bilevel_imaging.linear_solvers import ConjugateGradient, assemble_hessian
 from bilevel_imaging.training.reconstruction import minimize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +106,62 @@ def test_float32_measurements_are_solved_to_a_float64_certificate():
     exact, fine = minimize(bound.double(), error_tol=1e-8)
     assert bool(info.converged.all() and fine.converged.all())
     assert bool(((x.double() - exact).flatten(1).norm(dim=1) <= info.distance_bound + 1e-8).all())
+
+
+# --- preconditioners
+
+
+def start_of(kind: str, name: str, size: int, views: int = VIEWS):
+    """The linearization at a rough reconstruction of a slice, in float64, under sharp potentials."""
+    problem = Problem(kind, views=views, ridge=1e-3)
+    batch = problem.measure(load_stack(None, size, square=True), [12, 20]).batch([0, 1])
+    regularizer = TotalVariation(1e-2, 1e-3)
+    if name == "ridge":
+        regularizer = ConvexRidge((6,), 3, knots=6, weight=0.01, seed=1)
+        with torch.no_grad():
+            regularizer.log_scale += math.log(50)
+    bound = VariationalEnergy(regularizer, ridge=problem.ridge).bind(batch.y, batch.physics).double()
+    x = minimize(bound, error_tol=0.1)[0]
+    return bound, bound.linearize(x)
+
+
+@pytest.mark.parametrize("kind", ["ct", "mri"])
+@pytest.mark.parametrize(("name", "gain"), [("tv", 1.5), ("ridge", 1.3)])
+def test_preconditioners_save_iterations_and_solve_the_same_system(kind, name, gain):
+    _, at = start_of(kind, name, SIZE, views=20)
+    assert at.preconditioner() is not None
+    b = at.preconditioner()(at.grad) + rand(*at.grad.shape)
+    plain = ConjugateGradient(preconditioner=None).solve(at, b, 1e-7)
+    solution = ConjugateGradient(preconditioner="auto").solve(at, b, 1e-7)
+    assert solution.converged.all() and (gain * solution.iterations < plain.iterations).all()
+    torch.testing.assert_close(solution.q, plain.q, rtol=0, atol=2e-4)  # 1e-7 over the ridge, twice
+
+
+@pytest.mark.parametrize("kind", ["ct", "mri"])
+@pytest.mark.parametrize("name", ["tv", "ridge"])
+def test_preconditioners_are_positive_definite_and_their_spectrum_is_bounded(kind, name):
+    _, at = start_of(kind, name, 16)
+    precondition, count = at.preconditioner(), at.grad[0].numel()
+    hessian = assemble_hessian(at)[0]
+    units = torch.eye(count, dtype=torch.float64).reshape(count, 1, *at.grad.shape[1:]).expand(-1, 2, -1, -1, -1)
+    inverse = torch.stack([precondition(unit)[0].flatten() for unit in units], 1)
+    torch.testing.assert_close(inverse, inverse.T, rtol=0, atol=1e-10 * float(inverse.abs().max()))
+    root = torch.linalg.cholesky(inverse)  # fails unless positive definite
+    lowest = float(torch.linalg.eigvalsh(root.T @ hessian @ root)[0])
+    assert precondition.lowest is None or 0 < float(precondition.lowest[0]) <= lowest
+    assert (precondition.lowest is None) == (name == "tv")
+
+
+def test_only_matrices_close_to_convolutions_are_taken_for_one():
+    kernel = torch.zeros(8, 8, dtype=torch.float64)
+    kernel[0, 0], kernel[0, 1], kernel[3, 2] = 1.0, 0.7, 0.2
+    shifts = torch.stack([kernel.roll((i, j), (0, 1)).flatten() for i in range(8) for j in range(8)], 1)
+    physics = MatrixPhysics(shifts.to_sparse().coalesce(), (8, 8), (64,))
+    power = torch.fft.rfft2(kernel).abs().square()
+    torch.testing.assert_close(physics.convolution[0, 0], power.clamp(min=1e-4 * float(power.max())))
+    scaled = shifts * (torch.arange(64, dtype=torch.float64) % 8)[:, None]
+    assert MatrixPhysics(scaled.to_sparse().coalesce(), (8, 8), (64,)).convolution is None
+    assert parallel_beam(SIZE, 40)[0].convolution is not None
 
 
 @pytest.mark.parametrize(("size", "views"), [(1, 3), (8, 0)])
@@ -350,6 +409,57 @@ def test_figures(record):
     drawn = {line.get_label(): line for line in figures["scores"].axes[0].get_lines()}
     np.testing.assert_allclose(drawn["TV, MAID"].get_xdata(), values)
     assert list(medical.figures(dict(record))) == ["scores"]
+
+
+# --- what is said while it runs
+
+
+def test_lines_in_a_file():
+    stream = io.StringIO()
+    log = Log(True, stream, interval=3600)
+    log.line("begin")
+    with log.steps("learning", 4) as steps:
+        for number in range(3):
+            steps.done(f"loss {number}")
+    lines = stream.getvalue().splitlines()
+    assert [line.partition(" s  ")[2] for line in lines] == [
+        "begin",
+        "learning: step 1/4, loss 0",
+        "learning: step 3/4, loss 2",
+    ]
+    with pytest.raises(KeyboardInterrupt), log.steps("other", 9) as steps:
+        steps.done("a")
+        steps.done("b")
+        raise KeyboardInterrupt
+    assert stream.getvalue().splitlines()[-1].endswith("other: step 2/9, b")
+
+
+def test_nothing_is_said_unasked():
+    stream = io.StringIO()
+    log = Log(False, stream)
+    log.line("begin")
+    with log.steps("learning", 1) as steps:
+        steps.done("loss")
+    assert stream.getvalue() == ""
+
+
+def test_what_is_finished_is_saved_after_every_method(monkeypatch, capsys):
+    monkeypatch.setattr(medical, "search_tv", lambda pairs, ridge: (TotalVariation(1e-3, 0.01), {"method": "none"}))
+    monkeypatch.setattr(medical, "learn_scalars", lambda regularizer, *args, **kwargs: {"method": "none"})
+    saved = []
+
+    def save(record):
+        saved.append((json.loads(json.dumps(record)), list(record.learned)))
+
+    problem, options = Problem("ct", views=VIEWS, ridge=1e-2), {"size": 16, "slices": (1, 1, 1)}
+    made = medical.run(problem, None, {"r": small_ridge()}, save=save, progress=True, **options)
+    names = ["filtered backprojection", "TV, grid search", "TV, MAID", "r, adapted"]
+    assert [list(record["methods"]) for record, _ in saved] == [names[: i + 1] for i in range(4)]
+    assert not any(record["complete"] for record, _ in saved) and made["complete"]
+    assert saved[-1][1] == names[1:]
+    said = capsys.readouterr().err
+    for name in names:
+        assert f"{name}: PSNR {made['methods'][name]['mean']['psnr']:.2f}, SSIM" in said
 
 
 # --- the command

@@ -272,11 +272,12 @@ def test_the_list_of_methods_is_that_of_the_paper(tiny):
     labels = [spec.label for spec in maid.methods(tiny)]
     assert list(dict.fromkeys(labels)) == (
         ["MAID (ours)", "MAID (paper)", "HOAG, exponential", "HOAG, quadratic", "HOAG, cubic"]
-        + ["fixed 1e-1", "fixed 1e-3", "fixed 1e-5", "inexact SGD", "Adam", "DFO-LS", "grid search"]
+        + ["fixed 1e-1", "fixed 1e-3", "fixed 1e-5", "inexact SGD", "Adam"]
+        + ["trust region", "Kunisch-Pock", "DFO-LS", "grid search"]
     )
     assert labels.count("fixed 1e-1") == len(maid.RATES)
     many = [spec.label for spec in maid.methods(maid.PROBLEMS["foe"])]
-    assert set(labels) - set(many) == {"DFO-LS", "grid search"}
+    assert set(labels) - set(many) == {"trust region", "Kunisch-Pock", "DFO-LS", "grid search"}
     fixed = next(spec for spec in maid.methods(tiny) if spec.label == "fixed 1e-3").build()
     assert isinstance(fixed, FirstOrder) and fixed.accuracy == {"error_tol": 1e-3, "residual_tol": 1e-3}
     assert maid.PROBLEMS["tv"].objective().theta["regularizer.log_weight"].item() == pytest.approx(-5 - math.log(2))
@@ -328,9 +329,19 @@ def test_the_experiment_stops_and_refuses(tiny, monkeypatch):
     monkeypatch.setattr(maid.Problem, "objective", lambda *_: Bowl())
     record = maid.run(budget=60)
     assert not record["complete"] and list(record["problems"]) == ["tv"]
+    both = maid.run(budget=70, problems=("foe",), parts=("methods",), earlier=[record])
+    assert both["problems"]["tv"] == record["problems"]["tv"] and list(both["problems"]) == ["tv", "foe"]
+    assert [one["methods"]["budget"] for one in both["problems"].values()] == [60, 70] and not both["complete"]
+    monkeypatch.setattr(maid, "starts", lambda: [walk("start", max_steps=1)])
+    added = maid.run(budget=80, problems=("tv",), parts=("starts",), earlier=[both])["problems"]
+    assert added["foe"] == both["problems"]["foe"] and added["tv"]["methods"] == record["problems"]["tv"]["methods"]
+    assert added["tv"]["starts"]["budget"] == 80 and added["tv"]["starts"]["complete"]
+    assert maid.run(problems=(), earlier=[record, {"problems": {"foe": added["foe"]}}])["problems"] == both["problems"]
     assert "whole" in maid.table(record) and "from" not in maid.table(record) and len(maid.figure(record).axes) == 2
     with pytest.raises(ValueError, match="Expected problems out of tv, foe. Got moon."):
         maid.run(problems=("moon",))
+    with pytest.raises(ValueError, match="Expected parts out of methods, starts. Got ends."):
+        maid.run(parts=("ends",))
 
 
 def test_verdict_counts_starts_and_compares_with_the_best_fixed_accuracy():
@@ -380,14 +391,17 @@ def test_the_command_passes_its_options_and_writes_what_is_finished(command, tmp
 
     def run(**options):
         given.update(options)
-        options["save"]({"saved": 1})
-        assert json.loads((tmp_path / "copy.json").read_text()) == {"saved": 1}
+        if not options["earlier"]:
+            options["save"]({"saved": 1})
+            assert json.loads((tmp_path / "copy.json").read_text()) == {"saved": 1}
         return {"experiment": "maid", "budget": 7, "complete": False, "problems": {}}
 
     monkeypatch.setattr(maid, "run", run)
     arguments = ["maid", "--budget", "7", "--problems", "tv", "--output", str(tmp_path / "out")]
     assert command.main([*arguments, "--json", str(tmp_path / "copy.json")]) == 130
-    assert (given["budget"], given["problems"]) == (7, ["tv"])
+    assert (given["budget"], given["problems"], given["earlier"]) == (7, ["tv"], []) and "parts" not in given
+    assert command.main([*arguments, "--keep", str(tmp_path / "copy.json"), "--parts", "starts"]) == 130
+    assert given["earlier"][0]["problems"] == {} and given["parts"] == ["starts"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"figure.png", "record.json"}
     with pytest.raises(SystemExit) as stopped:
         monkeypatch.undo()

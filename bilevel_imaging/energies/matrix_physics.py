@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bilevel_imaging.transforms import fourier_filter
 
-# A^T A counts as a convolution if it differs from one by less than this part on white noise
-CONVOLUTION_MISFIT = 0.5
+# A^T A counts as a convolution if it differs from one by less than this part on white noise: tomography by 0.2 to 0.6
+CONVOLUTION_MISFIT = 0.7
 # of the largest value of the spectrum of a convolution; what is below, or negative by truncation, is raised to it
 SMALLEST_POWER = 1e-4
 

@@ -50,15 +50,14 @@ def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Pre
         return None
     squared = coefficient + FLOOR * base
     inverse = squared.rsqrt()
+    laplacian = periodic_laplacian(coefficient)
     if model is None:
-        apply, symbol = fourier_filter, DIAGONAL_FACTOR * (base / squared).mean((-1, -2), keepdim=True)
+        symbol = DIAGONAL_FACTOR * (base / squared).mean((-1, -2), keepdim=True)
     else:
         axes = (-1, -2, -3) if model.complex else (-1, -2)
-        apply, symbol = model.filter, SPECTRAL_FACTOR * (model.power + ridge) * (1 / squared).mean(axes, keepdim=True)
-    laplacian = periodic_laplacian(coefficient)
-    if model is not None:
+        symbol = SPECTRAL_FACTOR * (model.power + ridge) * (1 / squared).mean(axes, keepdim=True)
         laplacian = _mirrored(laplacian, symbol.shape[-1], coefficient.shape[-1])
-    response = 1 / (symbol + laplacian)
+    apply, response = fourier_filter if model is None else model.filter, 1 / (symbol + laplacian)
     return Preconditioner(lambda v: inverse * apply(inverse * v, response))
 
 

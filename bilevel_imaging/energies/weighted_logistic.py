@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, LocalChange, Preconditioner
-from bilevel_imaging.energies.labeled_features import LabeledFeatures
+from bilevel_imaging.energies.labeled_features import LabeledFeatures, covariance
 from bilevel_imaging.energies.problem import LowerLevelProblem
 
 __all__ = ["WeightedLogisticProblem"]
@@ -61,8 +62,7 @@ class WeightedLogisticProblem(LowerLevelProblem):
         return (self.weights() @ self.examples.cross_entropy(x[0]) + self.ridge * x.square().sum()).unsqueeze(0)
 
     def _grad(self, x: Tensor) -> Tensor:
-        misfit = self.examples.probabilities(x[0]) - self.examples.targets
-        return (self.examples.adjoint(self.weights() * misfit) + 2 * self.ridge * x[0]).unsqueeze(0)
+        return (self.examples.gradient(x[0], self.weights())[0] + 2 * self.ridge * x[0]).unsqueeze(0)
 
     def _linearize(self, x: Tensor) -> Linearization:
         return _LogisticLinearization(self, x)
@@ -142,24 +142,25 @@ class _LogisticLinearization(Linearization):
         self.problem, self.examples = problem, problem.examples
         self.constants = problem.constants()
         self.weights = problem.weights()
-        self.probabilities = self.examples.probabilities(x[0])
-        misfit = self.probabilities - self.examples.targets
-        self.misfit_norms = misfit.norm(dim=0)
-        self.grad = (self.examples.adjoint(self.weights * misfit) + 2 * problem.ridge * x[0]).unsqueeze(0)
-
-    def _covariance(self, logits: Tensor) -> Tensor:
-        """S_i times column i, ``(C, N)``."""
-        product = self.probabilities * logits
-        return product - self.probabilities * product.sum(0)
+        gradient, self._rows = self.examples.gradient(x[0], self.weights)
+        self.grad = (gradient + 2 * problem.ridge * x[0]).unsqueeze(0)
 
     def hvp(self, v: Tensor) -> Tensor:
-        inside = self.weights * self._covariance(self.examples.logits(v[0]))
-        return (self.examples.adjoint(inside) + 2 * self.problem.ridge * v[0]).unsqueeze(0)
+        product = self.examples.hessian(v[0], self.weights, self._rows)
+        return (product + 2 * self.problem.ridge * v[0]).unsqueeze(0)
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
-        logits = self.examples.logits(q[0])
-        misfit = self.probabilities - self.examples.targets
-        return {"theta": self.problem.slopes() * (misfit * logits).sum(0)}
+        return {"theta": self.examples.mixed(q[0], self.problem.slopes(), self._rows)}
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """p, ``(C, N)``."""
+        return self.examples.planes(self._rows)
+
+    @cached_property
+    def _misfit_norms(self) -> Tensor:
+        """||p_i - e_{y_i}||, ``(N,)``."""
+        return (self.probabilities - self.examples.targets).norm(dim=0)
 
     def preconditioner(self) -> Preconditioner:
         """The same block for every class: with the mean of the nonzero eigenvalues of S_i instead of S_i."""
@@ -170,7 +171,7 @@ class _LogisticLinearization(Linearization):
     def mixed_norm_bound(self) -> Tensor:
         """||J||^2 <= lambda_max of sum_i slopes_i^2 ||p_i - e_{y_i}||^2 a_i a_i^T (a product of Schur), ``(1,)``."""
         scale = 1 / self.weights.amax().clamp(min=torch.finfo(self.weights.dtype).tiny)
-        columns = (scale * self.problem.slopes() * self.misfit_norms).square()
+        columns = (scale * self.problem.slopes() * self._misfit_norms).square()
         bound = self.examples.gram_bound(columns).sqrt() / scale
         return bound.double().unsqueeze(0) * (1 + 1e3 * torch.finfo(self.grad.dtype).eps)
 
@@ -200,7 +201,7 @@ class _LogisticLinearization(Linearization):
         """D^3 g[e, q, u] and D J c[e] are sums of covariances, each at most the product of standard deviations."""
         logits = self.examples.logits(q[0])
         span = (logits.amax(0) - logits.amin(0)).amax()
-        energy = (self.weights * self._covariance(logits) * logits).sum().clamp(min=0).sqrt()
+        energy = (self.weights * covariance(self.probabilities, logits) * logits).sum().clamp(min=0).sqrt()
         up = 1 + 1e3 * torch.finfo(q.dtype).eps
         largest = torch.sigmoid(-self.problem.theta["theta"].detach().to(q.dtype)).amax()
         return LocalChange((up * span).unsqueeze(0), largest.reshape(1, 1).double(), (up * energy).unsqueeze(0))

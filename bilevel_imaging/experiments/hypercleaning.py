@@ -2,9 +2,10 @@
 
     min_theta f(W*(theta))   with   W*(theta) = argmin_W 1/N sum_i sigmoid(theta_i) CE(W a_i, y_i) + ridge ||W||^2,
 
-f the mean cross-entropy on digits with correct labels, from theta = 0. The published settings fix both solvers, their
-accuracies and the step 10; the setting "maid" is this package's default: Newton-CG, preconditioned conjugate gradients
-and MAID with certified hypergradients. All share one budget of iterations of the lower-level and the adjoint solver.
+f the mean cross-entropy on digits with correct labels, from theta = 0. The published settings fix both solvers, the
+constant L that these use, their accuracies and the step 10; the setting "maid" is this package's default: Newton-CG,
+preconditioned conjugate gradients and MAID with certified hypergradients. All share one budget of iterations of the
+lower-level and the adjoint solver.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ from bilevel_imaging.energies import WeightedLogisticProblem
 from bilevel_imaging.experiments.hypercleaning_problem import (
     CleaningObjective,
     Digits,
+    PublishedProblem,
     ValidationLoss,
     area_under_curve,
     digits,
     load,
 )
+from bilevel_imaging.experiments.hypercleaning_published import BEST, PUBLISHED
 from bilevel_imaging.experiments.hypercleaning_report import figures, table
 from bilevel_imaging.linear_solvers import LinearSolver
-from bilevel_imaging.lower_solvers import LowerSolver
 from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.upper_level import MAID
 
 __all__ = ["BEST", "PUBLISHED", "SETTINGS", "Digits", "digits", "figures", "load", "run", "table"]
 
 RIDGE, STEP_SIZE, BUDGET = 1e-3, 10.0, 100_000
-LOWER: dict[str, Callable[..., LowerSolver]] = {
+Scheduled = lower_solvers.GradientDescent | lower_solvers.HeavyBall | lower_solvers.AcceleratedGradient
+LOWER: dict[str, Callable[[], Scheduled]] = {
     "gd": lower_solvers.GradientDescent,
     "hb": lower_solvers.HeavyBall,
     "fista": lower_solvers.AcceleratedGradient,
@@ -56,49 +59,13 @@ SETTINGS = (
     MAID_SETTING,
     *(f"{x}/{q}/{e}/{d}" for x, q, e, d in itertools.product(LOWER, ADJOINT, TOLERANCES, TOLERANCES)),
 )
-BEST = "hb/cg/0.1/0.01"
-# final objective and upper-level iterations of the published runs; that of hb/cg/0.1/0.1 is not known
-PUBLISHED = {
-    "hb/cg/0.1/0.01": (0.44134, 3523),
-    "hb/hb/0.1/0.01": (0.54145, 513),
-    "hb/hb/0.1/0.1": (0.49760, 5941),
-    "hb/gd/0.1/0.01": (0.56871, 15),
-    "hb/gd/0.1/0.1": (0.56178, 422),
-    "hb/cg/0.01/0.01": (0.47369, 2135),
-    "hb/cg/0.01/0.1": (0.45476, 12676),
-    "hb/hb/0.01/0.01": (0.54294, 467),
-    "hb/hb/0.01/0.1": (0.51436, 3634),
-    "hb/gd/0.01/0.01": (0.56816, 15),
-    "hb/gd/0.01/0.1": (0.56140, 405),
-    "fista/cg/0.1/0.01": (0.47840, 2012),
-    "fista/cg/0.1/0.1": (0.45535, 3862),
-    "fista/hb/0.1/0.01": (0.54412, 463),
-    "fista/hb/0.1/0.1": (0.51610, 3501),
-    "fista/gd/0.1/0.01": (0.56852, 15),
-    "fista/gd/0.1/0.1": (0.56212, 403),
-    "fista/cg/0.01/0.01": (0.52417, 829),
-    "fista/cg/0.01/0.1": (0.52015, 1072),
-    "fista/hb/0.01/0.01": (0.54929, 349),
-    "fista/hb/0.01/0.1": (0.54300, 1368),
-    "fista/gd/0.01/0.01": (0.56817, 15),
-    "fista/gd/0.01/0.1": (0.56248, 345),
-    "gd/cg/0.1/0.01": (0.52538, 823),
-    "gd/cg/0.1/0.1": (0.51417, 1263),
-    "gd/hb/0.1/0.01": (0.55385, 285),
-    "gd/hb/0.1/0.1": (0.53318, 2061),
-    "gd/gd/0.1/0.01": (0.56880, 11),
-    "gd/gd/0.1/0.1": (0.56446, 279),
-    "gd/cg/0.01/0.01": (0.56415, 84),
-    "gd/cg/0.01/0.1": (0.56368, 102),
-    "gd/hb/0.01/0.01": (0.56518, 67),
-    "gd/hb/0.01/0.1": (0.56433, 226),
-    "gd/gd/0.01/0.01": (0.56861, 7),
-    "gd/gd/0.01/0.1": (0.56669, 119),
-}
 # points of a curve that are kept
 POINTS = 200
 # accuracy at which the objective at the end of a run is enclosed
 FINAL_ERROR = 1e-4
+
+# what stopped a run
+SPENT, TIME = "budget", "minutes"
 
 Record = dict[str, Any]
 
@@ -129,8 +96,8 @@ class _Progress:
     def stopped(self) -> str:
         """Why the run is over, in words; empty if it is not."""
         if not self.left:
-            return "budget"
-        return "minutes" if time.perf_counter() - self.started >= 60 * self.minutes else ""
+            return SPENT
+        return TIME if time.perf_counter() - self.started >= 60 * self.minutes else ""
 
     def note(self, objective: float) -> None:
         spent, seconds = self.lower + self.adjoint, round(time.perf_counter() - self.started, 2)
@@ -145,6 +112,7 @@ def run(
     *,
     budget: int = BUDGET,
     minutes: float = math.inf,
+    earlier: Sequence[Record] = (),
     save: Callable[[Record], None] | None = None,
     progress: bool = False,
 ) -> Record:
@@ -155,6 +123,8 @@ def run(
         settings: some of ``SETTINGS``, or "all".
         budget: iterations of the lower-level and of the adjoint solver together, per setting.
         minutes: wall-clock limit per setting.
+        earlier: records to go on with. Their runs are kept, of two the later one, and a setting that is among them is
+            run only if a limit of time had stopped it.
         save: called with the record after every setting.
         progress: show a bar on the terminal for every setting.
 
@@ -162,7 +132,7 @@ def run(
         a JSON-able record: "settings", "constants" at theta = 0, and "runs" by setting.
 
     Raises:
-        ValueError: an unknown setting, or a budget that is not positive.
+        ValueError: an unknown setting, a budget that is not positive, or an earlier record of other data or budget.
     """
     names = list(SETTINGS) if list(settings) == ["all"] else list(settings)
     unknown = [name for name in names if name not in SETTINGS]
@@ -177,32 +147,47 @@ def run(
     record: Record = {
         "experiment": "hypercleaning",
         "budget": budget,
-        "minutes": None if math.isinf(minutes) else minutes,
         "examples": data.training.count,
         "corrupted": int(data.corrupted.sum()),
         "validation": data.validation.count,
-        "constants": _constants(_problem(data), loss),
+        "constants": _constants(data, loss),
         "runs": {},
     }
+    for old in earlier:
+        for key in ("budget", "examples", "corrupted", "validation"):
+            if old.get(key) != record[key]:
+                raise ValueError(f"Expected an earlier record with {key} = {record[key]}. Got {old.get(key)}.")
+        record["runs"] |= old["runs"]
     for name in names:
+        if name in record["runs"] and record["runs"][name]["stopped"] != TIME:
+            continue
+        problem = _problem(data, WeightedLogisticProblem if name == MAID_SETTING else PublishedProblem)
         with tqdm(total=budget, unit=" iterations", disable=hidden(progress), leave=False) as bar:
-            current = _Progress(name, _problem(data), loss, budget, minutes, time.perf_counter(), bar)
+            current = _Progress(name, problem, loss, budget, minutes, time.perf_counter(), bar)
             outcome = (_maid if name == MAID_SETTING else _fixed)(current)
-        record["runs"][name] = {**outcome, **_detection(current.problem, data.corrupted)}
+        record["runs"][name] = {**outcome, **_detection(problem, data.corrupted)}
+        _sort(record)
         if save is not None:
             save(record)
+    _sort(record)
     return record
 
 
-def _problem(data: Digits) -> WeightedLogisticProblem:
+def _sort(record: Record) -> None:
+    """Runs in the order of the settings."""
+    record["runs"] = {name: record["runs"][name] for name in SETTINGS if name in record["runs"]}
+
+
+def _problem(data: Digits, kind: type[WeightedLogisticProblem]) -> WeightedLogisticProblem:
     theta = torch.zeros_like(data.training.norms).requires_grad_(True)
-    return WeightedLogisticProblem(data.training, theta, ridge=RIDGE)
+    return kind(data.training, theta, ridge=RIDGE)
 
 
-def _constants(problem: WeightedLogisticProblem, loss: ValidationLoss) -> dict[str, float]:
-    known = problem.constants()
+def _constants(data: Digits, loss: ValidationLoss) -> dict[str, float]:
+    known, published = (_problem(data, kind).constants() for kind in (WeightedLogisticProblem, PublishedProblem))
     names = ("strong_convexity", "smoothness", "hessian_lipschitz", "mixed_norm", "mixed_lipschitz")
-    return {**{name: float(getattr(known, name)) for name in names}, "loss_smoothness": loss.smoothness}
+    constants = {name: float(getattr(known, name)) for name in names}
+    return {**constants, "published_smoothness": float(published.smoothness), "loss_smoothness": loss.smoothness}
 
 
 def _fixed(progress: _Progress) -> Record:
@@ -212,22 +197,33 @@ def _fixed(progress: _Progress) -> Record:
     lower, linear = LOWER[names[0]](), ADJOINT[names[1]]()
     problem, loss, theta = progress.problem, progress.loss, progress.problem.theta["theta"]
     x, stop = problem.initial(), ""
-    while not stop:
-        solution = lower.solve(problem, x, error_tol, max_iter=progress.left)
-        x = solution.x
-        progress.lower += int(solution.iterations)
-        with torch.no_grad():
+    with torch.no_grad():
+        while not stop:
+            x = _solved(progress, lower, x, error_tol)
             progress.note(float(loss(x)))
             stop = progress.stopped
-            if not stop:
-                linearization = problem.linearize(x)
-                adjoint = linear.solve(linearization, loss.grad(x), residual_tol, max_iter=progress.left)
-                progress.adjoint += int(adjoint.iterations)
-                stop = "" if bool(adjoint.converged) else progress.stopped or f"adjoint: {adjoint.reason[0]}"
+            if stop:
+                break
+            linearization = problem.linearize(x)
+            adjoint = linear.solve(linearization, loss.grad(x), residual_tol, max_iter=progress.left)
+            progress.adjoint += int(adjoint.iterations)
+            stop = "" if bool(adjoint.converged) else progress.stopped or f"adjoint: {adjoint.reason[0]}"
             if not stop:
                 theta += STEP_SIZE * linearization.mixed_vjp(adjoint.q)["theta"]
                 progress.steps += 1
     return _outcome(progress, stop)
+
+
+def _solved(progress: _Progress, lower: Scheduled, x: Tensor, error_tol: float) -> Tensor:
+    """The lower level to ``error_tol`` from x; like the published loops with at least one iteration."""
+    problem = progress.problem
+    solution = lower.solve(problem, x, error_tol, max_iter=progress.left)
+    progress.lower += max(1, int(solution.iterations))
+    if int(solution.iterations):
+        return solution.x
+    constants = problem.constants()
+    step, _ = lower.schedule(float(constants.strong_convexity), float(constants.smoothness), 0)
+    return x - step * problem.grad(x)
 
 
 def _maid(progress: _Progress) -> Record:
@@ -259,9 +255,10 @@ def _spent(progress: _Progress) -> None:
 def _outcome(progress: _Progress, stopped: str, x: Tensor | None = None) -> Record:
     seconds = time.perf_counter() - progress.started
     objective = CleaningObjective(progress.problem, progress.loss, start=x)
-    final = objective.value(FINAL_ERROR)
+    final, published = objective.value(FINAL_ERROR), PUBLISHED.get(progress.setting)
     return {
         "stopped": stopped,
+        "minutes": None if math.isinf(progress.minutes) else progress.minutes,
         "steps": progress.steps,
         "lower": progress.lower,
         "adjoint": progress.adjoint,
@@ -269,7 +266,8 @@ def _outcome(progress: _Progress, stopped: str, x: Tensor | None = None) -> Reco
         "seconds": round(seconds, 1),
         "objective": progress.curve[-1]["objective"],
         "final_interval": [final.lower, final.upper],
-        "published": list(PUBLISHED[progress.setting]) if progress.setting in PUBLISHED else None,
+        "published": None if published is None else list(published),
+        "ratio": None if published is None else progress.curve[-1]["objective"] / published[0],
         "curve": thinned(progress.curve),
     }
 

@@ -66,6 +66,17 @@ def digits(images: Tensor, labels: Tensor, corrupted: Tensor, others: Tensor, co
     return Digits(labeled(images, labels), corrupted, labeled(others, correct))
 
 
+class PublishedProblem(WeightedLogisticProblem):
+    """The lower level with the constant L of the published runs, which sets steps and momenta of their solvers.
+
+    L = 1/N sum_i sigmoid(theta_i) ||a_i||^2 + 2 ridge, several times that of :class:`WeightedLogisticProblem`.
+    """
+
+    def largest_gram(self) -> Tensor:
+        """What gives that L, a scalar."""
+        return self.weights() @ self.examples.norms.square() / SECOND
+
+
 class ValidationLoss:
     """f(W) = mean cross-entropy on examples with clean labels; the ground truth that losses are called with is unused.
 
@@ -91,8 +102,7 @@ class ValidationLoss:
     def grad(self, x: Tensor, x_true: Tensor | None = None) -> Tensor:
         """Gradient in W, ``(1, C, d)``."""
         examples = self._at(x)
-        misfit = examples.probabilities(x[0]) - examples.targets
-        return examples.adjoint(misfit / examples.count).unsqueeze(0)
+        return examples.gradient(x[0], torch.full_like(examples.norms, 1 / examples.count))[0].unsqueeze(0)
 
 
 class CleaningObjective:

@@ -43,27 +43,28 @@ def table(record: Record) -> str:
     c = record["constants"]
     lines = [
         f"{record['examples']} examples, {record['corrupted']} wrongly labeled; {record['validation']} for validation",
-        f"L = {c['smoothness']:.4f}, mu = {c['strong_convexity']:.4g}, "
-        f"L / mu = {c['smoothness'] / c['strong_convexity']:.0f}",
+        f"L = {c['smoothness']:.4f}, of the published settings {c['published_smoothness']:.4f}, "
+        f"mu = {c['strong_convexity']:.4g}",
         "",
         f"{'setting':20s}{'objective':>10s}{'steps':>7s}{'iterations':>11s}{'seconds':>9s}{'AUC':>8s}"
-        f"{'weights':>14s}{'published':>18s}{'here, there':>13s}  stopped by",
+        f"{'weights':>14s}{'published':>18s}{'ratio':>8s}{'here, there':>13s}  stopped by",
     ]
     for name, one in record["runs"].items():
-        published, matched = "", ""
+        published, ratio, matched = "", "", ""
         if one["published"] is not None:
             value, steps = one["published"]
+            ratio = f"{one['ratio']:.4f}"
             published, there = f"{value:.5f} ({steps})", at_step(one["curve"], steps)
             matched = "not reached" if there is None else f"{there:.5f}"
         weights = f"{one['weight_corrupted']:.3f} {one['weight_clean']:.3f}"
         lines.append(
             f"{name:20s}{one['objective']:10.5f}{one['steps']:7d}{one['iterations']:11d}{one['seconds']:9.0f}"
-            f"{one['auc']:8.4f}{weights:>14s}{published:>18s}{matched:>13s}  {one['stopped']}"
+            f"{one['auc']:8.4f}{weights:>14s}{published:>18s}{ratio:>8s}{matched:>13s}  {one['stopped']}"
         )
     lines.append(
         "weights: means of the wrongly and of the correctly labeled examples; in parentheses: published steps;"
     )
-    lines.append("here, there: the objective of this run after as many steps")
+    lines.append("ratio: objective here to published objective; here, there: the objective here after as many steps")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ original images are not part of this package, and one thread is to be enough for
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ class Problem:
         images: photographs, one crop of each.
         size: height and width of the crops.
         regularizer: makes it at its start.
-        few: whether there are so few parameters that methods without hypergradients can take part.
+        few: whether there are so few parameters that methods can take part that need no hypergradients, or dx*/dtheta.
     """
 
     title: str
@@ -80,6 +81,10 @@ PROBLEMS = {
 }
 
 
+# of every problem
+PARTS = ("methods", "starts")
+
+
 def methods(problem: Problem) -> list[MethodSpec]:
     """All that are compared; of the fixed accuracies one for every learning rate."""
     found = [named(OURS, "maid"), named(PAPER, "maid_paper")]
@@ -90,6 +95,7 @@ def methods(problem: Problem) -> list[MethodSpec]:
         found += [named(f"fixed {exponent}", "sgd", lr=rate, **fixed) for rate in RATES]
     found += [named("inexact SGD", "inexact_sgd"), named("Adam", "adam", lr=0.05)]
     if problem.few:
+        found += [named("trust region", "noisy_trust_region"), named("Kunisch-Pock", "kunisch_pock")]
         found += [named("DFO-LS", "dfo_ls"), named("grid search", "grid")]
     return found
 
@@ -114,6 +120,8 @@ def run(
     *,
     budget: int = 6000,
     problems: Sequence[str] = tuple(PROBLEMS),
+    parts: Sequence[str] = PARTS,
+    earlier: Sequence[Record] = (),
     save: Callable[[Record], None] | None = None,
     progress: bool = False,
 ) -> Record:
@@ -121,45 +129,49 @@ def run(
 
     Args:
         budget: gradients, Hessian and mixed products per method.
-        problems: some of ``PROBLEMS``.
+        problems: some of ``PROBLEMS``; with none, what was done earlier is put together.
+        parts: some of ``PARTS``: all methods, or MAID from many starts.
+        earlier: records from which everything is kept that is not done anew; of two the later one counts.
         save: called with the record after every run.
         progress: show a bar on a terminal.
 
     Returns:
         a JSON-able record: "problems" by name, each with the records of :func:`method_comparison.run` under "methods"
-        and "starts", and "complete", which is false after Ctrl-C.
+        and "starts", and "complete", which is false after Ctrl-C and while a part is missing.
 
     Raises:
-        ValueError: an unknown problem, or a budget that is not positive.
+        ValueError: an unknown problem or part, or a budget that is not positive.
     """
-    unknown = [name for name in problems if name not in PROBLEMS]
-    if unknown:
-        raise ValueError(f"Expected problems out of {', '.join(PROBLEMS)}. Got {', '.join(unknown)}.")
-    record: Record = {"experiment": "maid", "budget": budget, "complete": False, "problems": {}}
-    for name in problems:
+    for what, given, known in (("problems", problems, PROBLEMS), ("parts", parts, PARTS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"Expected {what} out of {', '.join(known)}. Got {', '.join(unknown)}.")
+    found: dict[str, Record] = {name: {"title": problem.title} for name, problem in PROBLEMS.items()}
+    for old in earlier:
+        for name in found:
+            found[name] |= old["problems"].get(name, {})
+    record: Record = {"experiment": "maid", "complete": False, "problems": {}}
+
+    def show() -> None:
+        record["problems"] = {name: one for name, one in found.items() if any(part in one for part in PARTS)}
+        if save is not None:
+            save(record)
+
+    show()
+    for name, part in itertools.product(problems, parts):
         problem = PROBLEMS[name]
-        found: Record = {"title": problem.title}
-        record["problems"][name] = found
-        for part, specs in (("methods", methods(problem)), ("starts", starts())):
 
-            def keep(now: Record, found: Record = found, part: str = part) -> None:
-                found[part] = now if part == "methods" else _brief(now)
-                if save is not None:
-                    save(record)
+        def keep(now: Record, name: str = name, part: str = part) -> None:
+            found[name][part] = now if part == "methods" else _brief(now)
+            show()
 
-            keep(
-                method_comparison.run(
-                    specs,
-                    problem.objective,
-                    budget=budget,
-                    error_tol=problem.error_tol,
-                    save=keep,
-                    progress=progress,
-                )
-            )
-            if not found[part]["complete"]:
-                return record
-    record["complete"] = True
+        specs = methods(problem) if part == "methods" else starts()
+        settings = {"budget": budget, "error_tol": problem.error_tol, "save": keep, "progress": progress}
+        now = method_comparison.run(specs, problem.objective, **settings)
+        keep(now)
+        if not now["complete"]:
+            return record
+    record["complete"] = all(one.get(part, {}).get("complete", False) for one in found.values() for part in PARTS)
     return record
 
 

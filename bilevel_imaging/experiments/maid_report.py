@@ -18,10 +18,10 @@ def table(record: Record) -> str:
     """Of every problem: all methods, then MAID from many starts, and what the two together say."""
     blocks = []
     for one in record["problems"].values():
-        blocks.append(f"{one['title']}, budget {record['budget']}")
-        blocks.append(comparison.table(one["methods"]))
+        if "methods" in one:
+            blocks += [f"{one['title']}, budget {one['methods']['budget']}", comparison.table(one["methods"])]
         if one.get("starts", {}).get("runs"):
-            blocks += ["", starts_table(one), "", *verdict(one)]
+            blocks += ["", f"{one['title']}, budget {one['starts']['budget']}", starts_table(one), "", *verdict(one)]
         blocks.append("")
     return "\n".join(blocks).rstrip()
 
@@ -59,7 +59,7 @@ def _cell(run: Record, best: float) -> str:
 def verdict(one: Record) -> list[str]:
     """In words: how every method with many starts ended, and the mean work compared with the best fixed accuracy."""
     best, lines = _best(one), []
-    fixed = [run for run in one["methods"]["runs"] if run["label"].startswith("fixed")]
+    fixed = [run for run in one.get("methods", {"runs": []})["runs"] if run["label"].startswith("fixed")]
     needed = min((comparison.work_to_reach(run, best) for run in fixed), default=math.inf)
     for label in dict.fromkeys(run["label"] for run in one["starts"]["runs"]):
         runs = [run for run in one["starts"]["runs"] if run["label"] == label]
@@ -75,7 +75,7 @@ def figure(record: Record) -> Figure:
     """A row for every problem, see :func:`bilevel_imaging.experiments.method_comparison_report.draw`."""
     from matplotlib.figure import Figure
 
-    shown = list(record["problems"].values())
+    shown = [one for one in record["problems"].values() if "methods" in one]
     drawing = Figure(figsize=(12, 4.4 * max(1, len(shown))), layout="constrained")
     axes = drawing.subplots(max(1, len(shown)), 2, squeeze=False)
     for row, one in zip(axes, shown, strict=False):

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bilevel_imaging._version import __version__
 from bilevel_imaging.data import ImagePairs, magnitude
@@ -31,12 +30,12 @@ from bilevel_imaging.experiments.environment import environment
 from bilevel_imaging.experiments.medical_data import Stack, load_stack, split_positions
 from bilevel_imaging.experiments.medical_learning import learn_scalars, rescalable, search_tv, start_tv, train_all
 from bilevel_imaging.experiments.medical_problems import Problem
-from bilevel_imaging.experiments.medical_report import figure, figures, markdown, table
+from bilevel_imaging.experiments.medical_progress import Log
+from bilevel_imaging.experiments.medical_report import figure, figures, headline, markdown, scores_line, table
 from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training.evaluation import image_metrics
 from bilevel_imaging.training.mean import bind_batch
 from bilevel_imaging.training.metrics_log import finite_or_none
-from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.training.reconstruction import PIXEL_ACCURACY, minimize
 
 __all__ = ["MedicalRecord", "Problem", "figure", "figures", "load_stack", "markdown", "run", "table"]
@@ -76,6 +75,7 @@ def run(
     size: int = 128,
     slices: tuple[int, int, int] = (4, 2, 6),
     train: int = 0,
+    save: Callable[[MedicalRecord], None] | None = None,
     progress: bool = False,
     device: str = "cpu",
 ) -> MedicalRecord:
@@ -88,7 +88,8 @@ def run(
         size: of the phantom.
         slices: numbers of training, validation and test slices.
         train: steps of training all parameters of every regularizer; 0 for none.
-        progress: show bars on a terminal.
+        save: called with the record after every method.
+        progress: say on standard error what is done; see ``medical_progress``.
         device: where to compute.
 
     Returns:
@@ -124,13 +125,18 @@ def run(
         }
     )
     record.pictures["gt"] = [magnitude(x) for x in pairs["test"].x]
+    log = Log(progress)
+    log.line(headline(record))
     try:
-        for name, regularizer, evidence in _methods(problem, pairs, regularizers, train, progress):
-            rows, points = _scores(problem, regularizer, pairs["test"], f"{name}: test" if progress else None)
+        for name, regularizer, evidence in _methods(problem, pairs, regularizers, train, log):
+            rows, points = _scores(problem, regularizer, pairs["test"])
             record["methods"][name] = finite_or_none({"learning": evidence, "slices": rows, "mean": _mean(rows)})
             record.pictures[name] = points
             if regularizer is not None:
                 record.learned[name] = regularizer
+            log.line(f"{name}: {scores_line(record['methods'][name])}")
+            if save is not None:
+                save(record)
         record["complete"] = True
     except KeyboardInterrupt:
         pass
@@ -138,24 +144,25 @@ def run(
 
 
 def _methods(
-    problem: Problem, pairs: Mapping[str, ImagePairs], regularizers: Mapping[str, Regularizer], train: int, show: bool
+    problem: Problem, pairs: Mapping[str, ImagePairs], regularizers: Mapping[str, Regularizer], train: int, log: Log
 ) -> Iterator[tuple[str, Regularizer | None, Record | None]]:
     """Name, regularizer (``None``: the linear reconstruction) and what was learned, one after the other."""
     learn_from, device = pairs["train"], pairs["train"].x[0].device
     variance, ridge = _start_variance(problem, learn_from), problem.ridge
     adaptable = {name: rescalable(regularizer, variance).to(device) for name, regularizer in regularizers.items()}
     yield problem.baseline, None, None
+    log.line(f"{SEARCHED}: trying weights")
     searched, evidence = search_tv(learn_from, ridge=ridge)
     yield SEARCHED, searched.to(device), evidence
     tv = start_tv(variance).to(device)
-    evidence = learn_scalars(tv, learn_from, ridge=ridge, bar=LEARNED_TV if show else None)
+    evidence = learn_scalars(tv, learn_from, ridge=ridge, name=LEARNED_TV, log=log)
     yield LEARNED_TV, tv, evidence
     for name, regularizer in adaptable.items():
-        bar = f"{name}, {ADAPTED}"
-        evidence = learn_scalars(regularizer, learn_from, ridge=ridge, bar=bar if show else None)
-        yield bar, regularizer, evidence
+        label = f"{name}, {ADAPTED}"
+        evidence = learn_scalars(regularizer, learn_from, ridge=ridge, name=label, log=log)
+        yield label, regularizer, evidence
         if train:
-            bar, trained = f"{name}, {TRAINED}", copy.deepcopy(regularizer)
+            label, trained = f"{name}, {TRAINED}", copy.deepcopy(regularizer)
             evidence = train_all(
                 trained,
                 learn_from,
@@ -163,9 +170,10 @@ def _methods(
                 ridge=ridge,
                 steps=train,
                 seed=problem.seed,
-                bar=bar if show else None,
+                name=label,
+                log=log,
             )
-            yield bar, trained, evidence
+            yield label, trained, evidence
 
 
 def _start_variance(problem: Problem, pairs: ImagePairs) -> float:
@@ -176,15 +184,11 @@ def _start_variance(problem: Problem, pairs: ImagePairs) -> float:
 
 
 def _scores(
-    problem: Problem, regularizer: Regularizer | None, pairs: ImagePairs, bar: str | None
+    problem: Problem, regularizer: Regularizer | None, pairs: ImagePairs
 ) -> tuple[dict[str, Record], list[Tensor]]:
     """Scores of every slice by name, and magnitudes of the reconstructions."""
     rows, points = {}, []
-    for batch, name in zip(
-        tqdm(pairs.batches(1), total=len(pairs), desc=bar, disable=hidden(bar is not None), leave=False),
-        pairs.names,
-        strict=True,
-    ):
+    for batch, name in zip(pairs.batches(1), pairs.names, strict=True):
         begin, extra = time.perf_counter(), {}
         with torch.no_grad():
             if regularizer is None:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.energies import VariationalEnergy
 from bilevel_imaging.experiments.denoising_tuning import total_variation
+from bilevel_imaging.experiments.medical_progress import Log
 from bilevel_imaging.regularizers import Regularizer, TotalVariation
 from bilevel_imaging.training import BilevelObjective
 from bilevel_imaging.training.evaluation import grid_search, mean_loss
-from bilevel_imaging.training.progress import hidden
 from bilevel_imaging.upper_level import MAID, FirstOrder, StepReport
 
 Record = dict[str, Any]
@@ -26,12 +25,13 @@ Record = dict[str, Any]
 SCALARS = ("log_weight", "log_scale", "log_smoothing")
 # Where total variation starts: its weight over the variance of the noise is what is best for denoising.
 TV_WEIGHT, TV_SMOOTHING = 7.0, 0.005
-MAID_STEPS, MAID_RELATIVE, MAID_TOLERANCE = 15, 0.5, 1e-4
-# MAID ends when two steps lower the loss by less than this part, 0.013 dB: without noise in what is missing, ever
-# smaller smoothings are a little better and cost ever more
-STALLED = 3e-3
+MAID_STEPS, MAID_RELATIVE, MAID_TOLERANCE = 15, 0.8, 1e-4
+LARGEST_MOVE = 1.0  # of the logarithm of a number in one step
+# MAID ends when two steps lower the loss by less than this part, 0.04 dB: without noise in what is missing, ever
+# smaller smoothings and sharper potentials are a little better and cost ever more
+STALLED = 0.01
 # of Adam: filters have norm 1 and move less; hypergradients need a direction only
-LEARNING_RATE, FILTER_RATE, RELATIVE = 0.02, 0.1, 0.9
+LEARNING_RATE, FILTER_RATE, RELATIVE = 0.05, 0.1, 0.9
 MINIBATCH, WARMUP, CLIP = 2, 5, 5.0
 CHECKS = 10  # of the validation loss, in a training
 
@@ -65,21 +65,22 @@ def rescalable(regularizer: Regularizer, variance: float) -> Regularizer:
     return result
 
 
-def learn_scalars(regularizer: Regularizer, pairs: ImagePairs, *, ridge: float, bar: str | None = None) -> Record:
-    """Learn what requires gradients, in place, by MAID on all pairs; returns what happened."""
+def learn_scalars(regularizer: Regularizer, pairs: ImagePairs, *, ridge: float, name: str, log: Log) -> Record:
+    """Learn what requires gradients, in place, by MAID on all pairs; returns what happened, which ``log`` hears of."""
     objective = BilevelObjective(VariationalEnergy(regularizer, ridge=ridge), pairs)
-    method, begin, reports = MAID(relative=MAID_RELATIVE, tolerance=MAID_TOLERANCE), time.perf_counter(), []
-    with tqdm(total=MAID_STEPS, desc=bar, unit=" steps", disable=hidden(bar is not None), leave=False) as shown:
+    method = MAID(relative=MAID_RELATIVE, tolerance=MAID_TOLERANCE, largest_move=LARGEST_MOVE)
+    begin, reports = time.perf_counter(), []
+    with log.steps(name, MAID_STEPS) as shown:
         for _ in range(MAID_STEPS):
             reports.append(method.step(objective))
-            shown.set_postfix_str(f"loss {reports[-1].loss:.4g}", refresh=False)
-            shown.update()
+            values = ", ".join(f"{key} {value:.3g}" for key, value in _values(objective).items())
+            shown.done(f"loss {reports[-1].loss:.5g}, {values}")
             if reports[-1].stop or _stalled(reports):
                 break
     last = reports[-1]
     return {
         "method": "MAID",
-        "values": {_short(name): math.exp(float(p.detach())) for name, p in objective.theta.items()},
+        "values": _values(objective),
         "loss": last.loss,
         "loss_interval": [last.loss_lower, last.loss_upper],
         "steps": len(reports),
@@ -94,8 +95,10 @@ def _stalled(reports: Sequence[StepReport]) -> bool:
     return len(losses) == 3 and losses[0] - losses[2] < STALLED * losses[0]
 
 
-def _short(name: str) -> str:
-    return name.rpartition(".")[2].removeprefix("log_")
+def _values(objective: BilevelObjective) -> dict[str, float]:
+    """The learned numbers, not their logarithms."""
+    values = {name.rpartition(".")[2]: float(p.detach()) for name, p in objective.theta.items()}
+    return {name.removeprefix("log_"): math.exp(value) for name, value in values.items()}
 
 
 def search_tv(pairs: ImagePairs, *, ridge: float) -> tuple[TotalVariation, Record]:
@@ -119,8 +122,9 @@ def train_all(
     *,
     ridge: float,
     steps: int,
-    seed: int = 0,
-    bar: str | None = None,
+    seed: int,
+    name: str,
+    log: Log,
 ) -> Record:
     """Train all parameters, in place, with Adam on certified hypergradients of small minibatches of whole slices.
 
@@ -135,15 +139,15 @@ def train_all(
     best, losses, points, certified = copy.deepcopy(regularizer.state_dict()), {}, dict[int, Tensor](), 0
     losses[0] = mean_loss(energy, validation, points)
     every = max(1, steps // CHECKS)
-    with tqdm(total=steps, desc=bar, unit=" steps", disable=hidden(bar is not None), leave=False) as shown:
+    with log.steps(name, steps) as shown:
         for step in range(1, steps + 1):
-            certified += method.step(objective).certified
+            made = method.step(objective)
+            certified += made.certified
             if step % every == 0 or step == steps:
                 losses[step] = mean_loss(energy, validation, points)
-                shown.set_postfix_str(f"validation loss {losses[step]:.4g}", refresh=False)
                 if losses[step] == min(losses.values()):
                     best = copy.deepcopy(regularizer.state_dict())
-            shown.update()
+            shown.done(f"loss {made.loss:.4g}, validation loss {list(losses.values())[-1]:.5g}")
     regularizer.load_state_dict(best)
     regularizer.requires_grad_(False)
     return {

@@ -58,6 +58,11 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def scores_line(made: Record) -> str:
+    """Means of one method in words."""
+    return ", ".join(f"{COLUMNS[key][0]} {cell.strip()}" for key, cell in _cells(made["mean"]).items())
+
+
 def markdown(record: Record) -> str:
     """Means by method as a Markdown table, the best ones in bold.
 
@@ -135,11 +140,15 @@ def _keys(made: Record) -> list[str]:
 
 
 def _numbers(scores: Record) -> str:
-    cells = ""
-    for key in COLUMNS:
+    return "".join(_cells(scores).values())
+
+
+def _cells(scores: Record) -> dict[str, str]:
+    """Numbers by their kind, as wide as their columns."""
+    cells = {}
+    for key, (_, width, form) in COLUMNS.items():
         if key in scores:
-            _, width, form = COLUMNS[key]
-            cells += f"{'none' if scores[key] is None else format(scores[key], form):>{width}s}"
+            cells[key] = f"{'none' if scores[key] is None else format(scores[key], form):>{width}s}"
     return cells
 
 

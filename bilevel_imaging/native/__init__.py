@@ -14,6 +14,7 @@ from bilevel_imaging.native.potentials import (
     spline_sums,
     total,
 )
+from bilevel_imaging.native.sparse_features import MOST_CLASSES, SparseExamples
 from bilevel_imaging.native.stencils import Stencil, SystemStates
 from bilevel_imaging.native.total_variation import (
     advance_dual,
@@ -27,10 +28,12 @@ from bilevel_imaging.native.total_variation import (
 from bilevel_imaging.native.updates import advance, inner
 
 __all__ = [
+    "MOST_CLASSES",
     "AbsolutePotentials",
     "Bank",
     "Potentials",
     "SeparableConvolution",
+    "SparseExamples",
     "SplinePotentials",
     "Stencil",
     "SystemStates",

@@ -77,6 +77,7 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #include "total_variation.h"
 #include "potentials.h"
 #include "filters.h"
+#include "sparse_features.h"
 #undef REAL
 #undef NAME
 #undef SQRT
@@ -89,3 +90,4 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #include "total_variation.h"
 #include "potentials.h"
 #include "filters.h"
+#include "sparse_features.h"

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.c", "convolutions.h", "stencils.h", "updates.h", "total_variation.h", "potentials.h", "filters.h")
+SOURCES = (
+    "kernels.c",
+    "convolutions.h",
+    "stencils.h",
+    "updates.h",
+    "total_variation.h",
+    "potentials.h",
+    "filters.h",
+    "sparse_features.h",
+)
 # sums may be reassociated and products contracted; NaN and inf keep their meaning
 FLAGS = (
     "-O3",

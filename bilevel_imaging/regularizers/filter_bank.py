@@ -218,6 +218,10 @@ class FilterBank:
         mean = weights.reshape(shape[0] * self.planes, -1, weights.shape[-1]).mean(1)
         return self.cosine_spectrum(mean, *shape[-2:]).reshape(shape)
 
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """Diagonal of W^T diag(weights) W, ``(B, P H, W, K)`` to ``(B, P C, H, W)``; exact but for the border."""
+        return FilterBank(self.kernels.square(), self.boundary, self.planes).adjoint(weights)
+
     @property
     def patch_factor(self) -> float:
         """||c * e|| <= patch_factor ||c|| ||e|| for filters c of this size: ||c||_1 <= sqrt(C) s ||c||."""

@@ -101,6 +101,9 @@ class RidgeLinearization(Linearization):
         """With every psi'' replaced by its mean over the image."""
         return self.bank.mean_spectrum(self.curvature, self.x.shape)
 
+    def local_curvature(self) -> Tensor:
+        return self.bank.diagonal(self.curvature)
+
     def newton_memory(self, *, cold: bool) -> Tensor | None:
         if not self.profile.even:
             return None

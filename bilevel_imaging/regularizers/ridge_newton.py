@@ -39,6 +39,9 @@ class RidgeNewtonModel(NewtonModel):
     def cosine_spectrum(self) -> Tensor:
         return self.at.bank.mean_spectrum(self.coefficient, self.at.x.shape)
 
+    def local_curvature(self) -> Tensor:
+        return self.at.bank.diagonal(self.coefficient)
+
     def advance(self, d: Tensor, step: Tensor) -> Tensor:
         at = self.at
         limit, full = at.profile.slope_limit, bool((step == 1).all())

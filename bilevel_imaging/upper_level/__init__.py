@@ -25,6 +25,7 @@ from bilevel_imaging.upper_level.first_order import FirstOrder
 from bilevel_imaging.upper_level.grid import GridSearch
 from bilevel_imaging.upper_level.hoag import HOAG
 from bilevel_imaging.upper_level.inexact_first_order import InexactFirstOrder
+from bilevel_imaging.upper_level.kunisch_pock import KunischPock
 from bilevel_imaging.upper_level.losses import LOSSES, SquaredError
 from bilevel_imaging.upper_level.maid import MAID
 from bilevel_imaging.upper_level.noisy_line_search import NoisyLineSearch
@@ -40,6 +41,7 @@ UPPER_LEVEL_METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
     "hoag": HOAG,
     "noisy_line_search": NoisyLineSearch,
     "noisy_trust_region": NoisyTrustRegion,
+    "kunisch_pock": KunischPock,
     "dfo_ls": DFOLS,
     "grid": GridSearch,
     "adam": partial(FirstOrder, "Adam"),
@@ -55,7 +57,16 @@ UPPER_LEVEL_METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
 # these keep a point and an adjoint of every image from step to step, which random patches do not have
 FOLLOWING_METHODS = ("fsla", "mrbo", "vrbo")
 # these compare losses of all images, which minibatches do not have
-ALL_IMAGES_METHODS = ("maid", "maid_paper", "hoag", "noisy_line_search", "noisy_trust_region", "dfo_ls", "grid")
+ALL_IMAGES_METHODS = (
+    "maid",
+    "maid_paper",
+    "hoag",
+    "noisy_line_search",
+    "noisy_trust_region",
+    "kunisch_pock",
+    "dfo_ls",
+    "grid",
+)
 
 __all__ = [
     "ALL_IMAGES_METHODS",
@@ -74,6 +85,7 @@ __all__ = [
     "DecayingTolerances",
     "FirstOrder",
     "GridSearch",
+    "KunischPock",
     "InexactFirstOrder",
     "NoisyLineSearch",
     "NoisyTrustRegion",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport
 from bilevel_imaging.upper_level.conditions import gradient_norm_interval
+from bilevel_imaging.upper_level.quasi_newton import assign
 
 # changes of the accuracy of one value, and how many of them
 LARGEST_CHANGE, SMALLEST_CHANGE, MAX_CHANGES = 0.1, 1e-4, 12
@@ -98,9 +102,9 @@ def within_certificate(h: Hypergradient) -> str:
     return ""
 
 
-def first_error_tol(h: Hypergradient) -> float:
+def first_error_tol(loss: float) -> float:
     """Distance at which ||grad f|| times it is about a tenth of the loss: ||grad f|| ~ sqrt(2 L_f F)."""
-    return 0.1 * max(abs(h.loss), 1e-12) ** 0.5
+    return 0.1 * max(abs(loss), 1e-12) ** 0.5
 
 
 def value_within(
@@ -130,6 +134,55 @@ def value_within(
         if half_width(value) < half_width(best):
             best, best_tol = value, error_tol
     return CertifiedValue(value=best.value, lower=best.lower, upper=best.upper, cost=cost), best_tol, tries
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two losses, each with a certified error of at most the goal where rounding allows it.
+
+    Attributes:
+        old: at theta.
+        new: at theta + s.
+        error_tol: accuracy of the reconstructions that gave the second.
+        cost: of both.
+        refinements: changes of the accuracy.
+    """
+
+    old: CertifiedValue
+    new: CertifiedValue
+    error_tol: float
+    cost: Cost
+    refinements: int
+
+    @property
+    def noise(self) -> float:
+        """The sum of both certified errors; 0 where nothing is certified."""
+        total = half_width(self.old) + half_width(self.new)
+        return total if math.isfinite(total) else 0.0
+
+
+def compare(
+    objective: Objective, old: CertifiedValue, theta: Tensor, s: Tensor, goal: float, error_tol: float
+) -> Compared:
+    """The losses at theta and theta + s; theta + s is left behind.
+
+    Args:
+        objective: whose theta is the first one, or any where ``old`` is good enough.
+        old: the loss there, as far as it is known.
+        theta: ``(n,)``.
+        s: ``(n,)``.
+        goal: largest half-width of both intervals; a new loss that is certainly larger need not be known that well.
+        error_tol: accuracy of the reconstructions to begin with; 0 for one of a tenth of the loss.
+    """
+    cost, refinements = Cost(), 0
+    tolerance = error_tol or first_error_tol(old.value)
+    if goal < half_width(old) < math.inf:
+        assign(objective.theta, theta)
+        again, tolerance, refinements = value_within(objective, goal, tolerance)
+        old, cost = min(old, again, key=half_width), again.cost
+    assign(objective.theta, theta + s)
+    new, tolerance, tries = value_within(objective, goal, 2 * tolerance, hopeless=old.upper)
+    return Compared(old, new, tolerance, cost + new.cost, refinements + tries)
 
 
 def report(

@@ -81,7 +81,7 @@ class MAID(UpperLevelMethod):
         relative: float = 0.5,
         decrease: float = 1e-4,
         tolerance: float = 1e-6,
-        memory: int = 10,
+        memory: int = 40,
         largest_move: float = LARGEST_MOVE,
         stationarity_tol: float | None = None,
     ):
@@ -99,7 +99,7 @@ class MAID(UpperLevelMethod):
         self.largest_move, self.stationarity_tol = largest_move, stationarity_tol
         self.inverse = InverseHessian(memory) if memory else None
         self.growth = 1.0  # length of the next step in units of the quasi-Newton step; inf for the longest allowed
-        self.step_size = 0.0  # length t of the last accepted step along -P h; 0 before the first
+        self.step_size = 0.0  # length t of the last accepted step along -P h; 0 before the first; for memory 0
         self.error_tol = 0.0  # accuracy of the last decisive value; 0 before the first
         self.sharpness = 1.0  # half-width of that value over ||grad f|| error_tol: corrected values are far better
         self.previous: dict[str, Any] | None = None
@@ -176,12 +176,12 @@ class MAID(UpperLevelMethod):
 
     def _first_step(self, h: Hypergradient, direction: Tensor, slope: float) -> float:
         largest = float(direction.abs().max())
-        if self.inverse is not None and (self.inverse.pairs or self.growth == math.inf):
+        if self.inverse is None:
+            wanted = 2 * self.step_size or FIRST_MOVE / largest
+        elif self.inverse.pairs:
             wanted = self.growth
-        else:
-            wanted = 2 * self.step_size
-            if self.inverse is not None or not wanted:  # one long step tells more of the curvature than many short ones
-                wanted = max(wanted, FIRST_MOVE / largest)
+        else:  # no scale is known: one long step tells more of the curvature than many short ones
+            wanted = self.growth * FIRST_MOVE / largest
         if h.loss > 0:
             wanted = min(wanted, h.loss / slope)
         return min(wanted, self.largest_move / largest)
@@ -228,7 +228,7 @@ class MAID(UpperLevelMethod):
         wanted = max(needed, SUFFICIENT * promised) if promised < math.inf else needed
         # coarser, or coarser than the last one after a large drop of the loss, could decide nothing
         size = max(2 * abs(h.loss), 1e-12) ** 0.5  # about ||grad f||
-        coarsest = min(first_error_tol(h), COARSEST * promised / (size * self.sharpness))
+        coarsest = min(first_error_tol(h.loss), COARSEST * promised / (size * self.sharpness))
         error_tol = max(min(self.error_tol or math.inf, coarsest), FINEST * coarsest)
         total = Cost()
         width = math.inf

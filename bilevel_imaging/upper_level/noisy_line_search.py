@@ -99,7 +99,7 @@ class NoisyLineSearch(UpperLevelMethod):
         self.steps += 1
         largest = float(direction.abs().max())
         a = min(self.step_size or LARGEST_FIRST_MOVE / largest, self.largest_move / largest)
-        self.error_tol = self.error_tol or first_error_tol(h)
+        self.error_tol = self.error_tol or first_error_tol(h.loss)
         for backtracks in range(MAX_TRIALS):
             needed = self.decrease * a * h.norm**2
             goal = self.noise or NOISE_SHARE * needed

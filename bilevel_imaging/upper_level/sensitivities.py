@@ -1,0 +1,150 @@
+"""How minimizers move with theta, and second derivatives of the loss made of it: for few parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel_imaging.cost import Cost
+from bilevel_imaging.derivatives import Linearization
+from bilevel_imaging.energies.problem import LowerLevelProblem
+from bilevel_imaging.hypergradients.mixed_operators import mixed_operators
+from bilevel_imaging.linear_solvers import BlockConjugateGradient
+from bilevel_imaging.tensors import norm
+from bilevel_imaging.upper_level.base import SampledObjective, Samples
+
+# one linear system per parameter and image: more than this many are not solved
+MOST_PARAMETERS = 100
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """dx*/dtheta for images of one shape.
+
+    Attributes:
+        samples: the images, with the points where their last hypergradient was computed and adjoints there.
+        derivative: ``(B, n, *image)``, column by column in the order of theta.
+    """
+
+    samples: Samples
+    derivative: Tensor
+
+
+def sensitivities(
+    objective: SampledObjective, relative: float, before: Sequence[Tensor] = ()
+) -> tuple[list[Sensitivity], Cost]:
+    """Solve H w_j = -J_j for all images and parameters j, at the points of the last hypergradient.
+
+    Args:
+        objective: whose hypergradient at this theta was just computed.
+        relative: residuals are at most this part of ||J_j||.
+        before: derivatives at a theta near by, where the solver starts; nothing for 0.
+
+    Returns:
+        batches of images, and the work: one gradient per image, the columns of J, and products shared by all columns
+        (see :class:`BlockConjugateGradient`).
+    """
+    found, total = [], Cost()
+    for number, samples in enumerate(objective.draw(everything=True)):
+        assert samples.x is not None, "no hypergradient was computed yet"
+        spent = samples.problem.cost.copy()
+        linearization = samples.problem.linearize(samples.x)
+        rhs = -_mixed_columns(samples.problem, linearization, samples.x)
+        tolerance = relative * norm(rhs.flatten(0, 1)).reshape(rhs.shape[:2])
+        start = before[number] if number < len(before) else torch.zeros_like(rhs)
+        if bool(start.any()):
+            rhs = rhs - torch.stack([linearization.hvp(column.contiguous()) for column in start.unbind(1)], 1)
+        correction = BlockConjugateGradient().solve(linearization, rhs, tolerance).q
+        found.append(Sensitivity(samples, start + correction))
+        total = total + (samples.problem.cost - spent)
+    return found, total
+
+
+def gauss_newton(parts: Sequence[Sensitivity]) -> Tensor:
+    """Mean over the images of W^T f'' W with W = dx*/dtheta, ``(n, n)`` float64 on the CPU; no work.
+
+    It is F'' without what comes from the curvature of the x*, and positive semidefinite where f is convex.
+    """
+    return torch.stack([_inner(part.derivative, _loss_products(part)) for part in parts]).sum(0) / _count(parts)
+
+
+def second_derivative(parts: Sequence[Sensitivity]) -> tuple[Tensor, Cost]:
+    """F'' at theta, ``(n, n)`` float64 on the CPU, without the second derivative of the exact term, and the work.
+
+    With p the adjoint and G the gradient of the lower level, F'' = W^T f'' W - D^2 <p, G> [(W, I), (W, I)], where D is
+    the derivative in (x, theta) together and p is fixed: everything else is 0 at a minimizer with its adjoint. The
+    second part is differentiated by autograd through the energy, one Hessian and one mixed product per parameter and
+    image.
+    """
+    spent = sum((part.samples.problem.cost for part in parts), Cost())
+    matrix = gauss_newton(parts) - torch.stack([_along_the_path(part) for part in parts]).sum(0) / _count(parts)
+    work = sum((part.samples.problem.cost for part in parts), Cost()) - spent
+    return 0.5 * (matrix + matrix.T), work
+
+
+def _mixed_columns(problem: LowerLevelProblem, linearization: Linearization, x: Tensor) -> Tensor:
+    """The columns of J, ``(B, n, *image)``: in closed form, or from products with J of all unit vectors."""
+    columns = linearization.mixed_columns()
+    if columns is not None:
+        return columns
+    sizes = [t.numel() for t in problem.theta.values()]
+    units = torch.eye(sum(sizes), dtype=torch.float64, device=x.device)
+    result = []
+    for sample in range(x.shape[0]):
+        product, _ = mixed_operators(problem, x, sample)
+        for unit in units:
+            pieces = zip(problem.theta.items(), unit.split(sizes), strict=True)
+            result.append(product({name: piece.reshape(t.shape).to(t) for (name, t), piece in pieces}))
+    return torch.stack(result).reshape(x.shape[0], len(units), *x.shape[1:])
+
+
+def _loss_products(part: Sensitivity) -> Tensor:
+    """f'' w_j for all columns, ``(B, n, *image)``."""
+    loss, x = part.samples.loss, part.samples.x
+    assert x is not None
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = loss.loss(leaf, loss.x_true.to(x.dtype)).sum()
+        slope = torch.autograd.grad(value, leaf, create_graph=True)[0]
+        columns = part.derivative.unbind(1)
+        return torch.stack([torch.autograd.grad(slope, leaf, w, retain_graph=True)[0] for w in columns], 1)
+
+
+def _along_the_path(part: Sensitivity) -> Tensor:
+    """The sum over the images of D^2 <p, G> in the directions (w_i, e_i) and (w_j, e_j), ``(n, n)``."""
+    samples, w = part.samples, part.derivative
+    problem, x, p = samples.problem, samples.x, samples.q
+    assert x is not None and p is not None
+    theta = list(problem.theta.values())
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        gradient = torch.autograd.grad(problem.value(leaf).sum(), leaf, create_graph=True)[0]
+        first = torch.autograd.grad((gradient * p).sum(), [leaf, *theta], create_graph=True, materialize_grads=True)
+        entries, rows = _flat(first[1:]), []
+        for j, column in enumerate(w.unbind(1)):
+            slope = (first[0] * column).sum().double() + entries[j]
+            if not slope.requires_grad:  # a quadratic energy
+                return torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64)
+            second = torch.autograd.grad(slope, [leaf, *theta], retain_graph=True, materialize_grads=True)
+            rows.append(_inner(w, second[0].unsqueeze(1))[:, 0] + _flat(second[1:]).cpu())
+    size, products = x.shape[0], x.shape[0] * (w.shape[1] + 1)
+    problem.cost.gradients += size
+    problem.cost.hvps += products
+    problem.cost.mixed_products += products
+    return torch.stack(rows)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+def _inner(v: Tensor, w: Tensor) -> Tensor:
+    """Sum over the images of <v_i, w_j>, ``(n, m)``."""
+    return torch.einsum("bid,bjd->ij", v.flatten(2).double(), w.flatten(2).double()).cpu()
+
+
+def _count(parts: Sequence[Sensitivity]) -> int:
+    return sum(part.derivative.shape[0] for part in parts)
