@@ -30,6 +30,7 @@ from bilevel_imaging.export import load_regularizer
 from bilevel_imaging.linear_solvers import LINEAR_SOLVERS
 from bilevel_imaging.lower_solvers import LOWER_SOLVERS
 from bilevel_imaging.regularizers import REGULARIZERS, Regularizer
+from bilevel_imaging.regularizers.noise_conditional import NoiseConditional
 from bilevel_imaging.regularizers.ridge import RidgeRegularizer
 from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.random_objective import RandomPatchObjective
@@ -218,12 +219,14 @@ def make_regularizer(config: RegularizerConfig) -> Regularizer:
 
 
 def _start_from(regularizer: Regularizer, start: Regularizer) -> None:
-    """Give a regularizer the parameters of another."""
+    """Give a regularizer the parameters of another; one for all noise levels may start with that for one of them."""
     ours, theirs = ({n: p.shape for n, p in r.named_parameters()} for r in (regularizer, start))
     if type(start) is type(regularizer) and ours == theirs:
         regularizer.load_state_dict(start.state_dict())
     elif isinstance(regularizer, RidgeRegularizer) and isinstance(start, RidgeRegularizer):
         regularizer.start_from(start)
+    elif isinstance(regularizer, NoiseConditional) and not isinstance(start, NoiseConditional):
+        _start_from(regularizer.regularizer, start)
     elif type(start) is not type(regularizer):
         raise ValueError(f"it holds a {type(start).__name__}")
     else:

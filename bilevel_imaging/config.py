@@ -182,7 +182,8 @@ class RegularizerConfig:
     Attributes:
         kind: name of the regularizer, e.g. total_variation or tikhonov.
         start: file of an exported regularizer whose parameters are the start, e.g. a run's regularizer.safetensors; it
-            must be of this kind and size. Empty for the start that the other settings give.
+            must be of this kind and size, or of those of the regularizer inside noise_conditional. Empty for the start
+            that the other settings give.
         start_scale: R(scale x) / scale instead of the R of that file (ridge regularizers): its potentials bend within a
             range this many times smaller, which fits better once they are as sharp as their knots allow.
         weight: its weight at the start; null for the regularizer's own default.

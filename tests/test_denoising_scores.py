@@ -59,7 +59,7 @@ def tuning() -> ImageSet:
 def record(images, tuning):
     regularizer = Rescalable(0.07, 0.02)
     regularizer.noise_level = 25 / 255
-    return run({"learned": regularizer}, images, sigmas=(15, 40), tuning=tuning, tune=True, tv=True)
+    return run({"learned": regularizer}, images, sigmas=(15, 40), tuning=tuning, tune=("weight", "scale"), tv=True)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_data_weights_of_a_regularizer_are_used(images):
     plain, _ = reconstruct(noisy(image, name, 25.0, 0)[None], Denoising(), TotalVariation(0.1, 0.05))
     assert abs(psnr(plain[0], image) - psnr(x[0], image)) > 0.1
     with pytest.raises(ValueError, match="weighted was learned with weights of the data term"):
-        run({"weighted": weighted}, images, tuning=images, tune=True)
+        run({"weighted": weighted}, images, tuning=images, tune=("weight", "scale"))
 
 
 def test_a_regularizer_that_depends_on_the_noise_gets_its_level(images):
@@ -242,7 +242,7 @@ def test_rescaled_means_what_it_says():
 
 def test_misuse(images, tuning):
     with pytest.raises(ValueError, match=r"can be rescaled to tune it. Got TotalVariation, .*without tuning"):
-        run({"r": TotalVariation()}, images, tuning=tuning, tune=True)
+        run({"r": TotalVariation()}, images, tuning=tuning, tune=("weight", "scale"))
     with pytest.raises(ValueError, match="other images for tuning"):
         run(None, images, tuning=images)
     with pytest.raises(ValueError, match="nothing to score"):
@@ -333,12 +333,14 @@ def test_command(command, files, capsys):
     assert (files / "again" / "figure.png").read_bytes() == (files / "out" / "figure.png").read_bytes()
 
 
-def test_adapted_regularizers_are_saved(command, tmp_path, capsys):
+@pytest.mark.parametrize("tune", [["--tune"], ["--tune", "weight"]])
+def test_adapted_regularizers_are_saved(command, tune, tmp_path, capsys):
     source = ConvexRidge([2], 3, weight=2.0)
     save_regularizer(tmp_path / "small.safetensors", source, ridge=0.01, noise_level=0.05)
-    options = ["--crop", "24", "--max-images", "1", "--noise", "0.1", "--output", str(tmp_path / "out"), "--tune"]
+    options = ["--crop", "24", "--max-images", "1", "--noise", "0.1", "--output", str(tmp_path / "out"), *tune]
     assert command.main(["denoising", "--regularizer", str(tmp_path / "small.safetensors"), *options]) == 0
     values = json.loads((tmp_path / "out" / "record.json").read_text())["levels"][0]["tuned"]["small"]
+    assert len(tune) == 1 or values["scale"] == pytest.approx(0.05 / 0.1)  # the level learned for over this one
     adapted = load_regularizer(tmp_path / "out" / "small_sigma_25.5.safetensors")
     assert (adapted.ridge, adapted.noise_level) == (0.01, pytest.approx(0.1))
     assert adapted.metadata["adapted"] == values

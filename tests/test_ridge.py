@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import bilevel_imaging as bi
+from bilevel_imaging.assembly import make_regularizer
+from bilevel_imaging.config import RegularizerConfig
 from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, extend
 from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
 from bilevel_imaging.regularizers.profiles import Profile
@@ -472,3 +474,22 @@ def test_fields_of_experts_start_from_a_convex_ridge():
 def test_starts_that_do_not_fit_are_named(regularizer, start, message):
     with pytest.raises(ValueError, match=message):
         regularizer.start_from(start)
+
+
+@torch.no_grad()
+def test_starts_at_another_scale(tmp_path):
+    """regularizer.start_scale s: R(s x) / s; regularizer.start: of one noise level for all of them."""
+    start, x = bi.ConvexRidge([4], 3, seed=3), image((2, 1, 8, 8))
+    start.log_curvatures += torch.linspace(-1, 1, start.log_curvatures.numel()).reshape(start.log_curvatures.shape)
+    file = str(bi.save_regularizer(tmp_path / "regularizer.safetensors", start))
+    options = {"features": [4], "size": 3}
+    scaled = make_regularizer(RegularizerConfig("convex_ridge", options=options, start=file, start_scale=2.5))
+    torch.testing.assert_close(scaled.fn(x), start.fn(2.5 * x) / 2.5)
+    inside = {"regularizer": {"kind": "convex_ridge", **options}}
+    conditional = make_regularizer(RegularizerConfig("noise_conditional", options=inside, start=file))
+    torch.testing.assert_close(conditional.at_noise_level(25 / 255).fn(x), start.fn(x))
+    with pytest.raises(ValueError, match="expected a file in regularizer.start"):
+        RegularizerConfig("convex_ridge", start_scale=2.0)
+    file = str(bi.save_regularizer(tmp_path / "tv.safetensors", bi.TotalVariation()))
+    with pytest.raises(ValueError, match="TotalVariation in .*tv.safetensors does not take it"):
+        make_regularizer(RegularizerConfig("total_variation", start=file, start_scale=2.0))

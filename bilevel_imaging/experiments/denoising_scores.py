@@ -43,6 +43,7 @@ from bilevel_imaging.training.reconstruction import PIXEL_ACCURACY, energy_of, m
 __all__ = ["ImageSet", "figure", "load_images", "markdown", "rescaled", "run", "table"]
 
 LEVELS = 255.0
+TUNABLE = ("weight", "scale")
 BASELINE = "TV, tuned"
 NOISY = "noisy"
 SMALLEST_CROP = 16  # SSIM looks at windows of 11 pixels
@@ -127,7 +128,7 @@ def run(
     sigmas: Sequence[float] = (25.0,),
     seed: int = 0,
     tuning: ImageSet | None = None,
-    tune: bool = False,
+    tune: Sequence[str] = (),
     tv: bool | None = None,
     progress: bool = False,
     device: str = "cpu",
@@ -140,7 +141,8 @@ def run(
         sigmas: standard deviations of the noise, in units of 1/255.
         seed: of the noise.
         tuning: images to tune on, where something is tuned; ``None`` for the bundled training photographs.
-        tune: adapt every regularizer to every noise level.
+        tune: what to adapt of every regularizer to every noise level: "weight", "scale" or both. A large scale gains
+            little and costs time; the one left alone has the value that is right if images are as likely at any contrast.
         tv: add total variation with tuned weight and smoothing; ``None``: if there are no regularizers.
         progress: show bars on a terminal.
         device: where to compute, and where the regularizers are.
@@ -167,7 +169,7 @@ def run(
             "sigmas": [float(sigma) for sigma in sigmas],
             "seed": seed,
             "tuning_images": None if tuning is None else tuning.label,
-            "tuned_regularizers": tune,
+            "tuned_regularizers": list(tune),
             "accuracy_per_pixel": PIXEL_ACCURACY,
         },
         "environment": {"bilevel_imaging": __version__, **environment(device)},
@@ -201,7 +203,7 @@ def _pairs(tuning: ImageSet, sigma: float, seed: int, device: str) -> ImagePairs
     return ImagePairs.build(tuning.images, degradation, torch.float32, device)  # see TUNING_ACCURACY
 
 
-def _check(regularizers: Mapping[str, Regularizer], sigmas: Sequence[float], tune: bool, tv: bool) -> None:
+def _check(regularizers: Mapping[str, Regularizer], sigmas: Sequence[float], tune: Sequence[str], tv: bool) -> None:
     """Refuse now what would fail after hours."""
     if not regularizers and not tv:
         raise ValueError("Expected a regularizer or tv=True. Got neither: there is nothing to score.")
@@ -210,6 +212,8 @@ def _check(regularizers: Mapping[str, Regularizer], sigmas: Sequence[float], tun
     taken = {NOISY, BASELINE} & set(regularizers)
     if taken:
         raise ValueError(f"Expected other names than {NOISY!r} and {BASELINE!r}. Got {', '.join(taken)}; rename it.")
+    if not set(tune) <= set(TUNABLE):
+        raise ValueError(f"Expected tune among {', '.join(TUNABLE)}. Got {list(tune)}.")
     if tune:
         for name, regularizer in regularizers.items():
             if getattr(regularizer, "data_weight", None) is not None:
@@ -243,7 +247,7 @@ def _methods(
     regularizers: Mapping[str, Regularizer],
     tuning: ImagePairs | None,
     *,
-    tune: bool,
+    tune: Sequence[str],
     tv: bool,
     progress: bool,
     device: str,
@@ -267,7 +271,10 @@ def _methods(
             continue
         # the right values if images were as likely at any contrast
         ratio = noise / (getattr(regularizer, "noise_level", None) or noise)
-        best(name, partial(rescaled, regularizer), {"weight": ratio, "scale": 1 / ratio}, energy.ridge)
+        values = {"weight": ratio, "scale": 1 / ratio}
+        kept = {key: value for key, value in values.items() if key not in tune}
+        best(name, partial(rescaled, regularizer, **kept), {key: values[key] for key in tune}, energy.ridge)
+        level["tuned"][name] |= kept
     return methods
 
 
