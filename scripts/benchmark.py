@@ -1,6 +1,8 @@
 """Benchmarks: our methods and what else there is, side by side in one run.
 
 python scripts/benchmark.py hypergradient [--workloads W1 W2 ...] [--peers all|none|NAMES] [--json PATH]
+python scripts/benchmark.py training [--runs W6A ...]      # a whole training run to within 1 % of the best loss
+python scripts/benchmark.py scaling [--json PATH]         # with pixels, images and processes
 python scripts/benchmark.py kernels [--json PATH]         # against the bandwidth of copying and the convolution library
 python scripts/benchmark.py reconstruction --regularizer FILE ...   # seconds to a certified reconstruction
 python scripts/benchmark.py certainty [--json PATH]       # work of a certified one beside an oracle's
@@ -11,12 +13,14 @@ Other libraries: pip install -e ".[peers]"; those that are missing are skipped a
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bilevel_imaging.experiments import benchmark, certainty, kernel_rates, reconstruction_time
+from bilevel_imaging.experiments.benchmark import scaling, training
 from bilevel_imaging.experiments.benchmark.peers.jaxopt import one_thread
 from bilevel_imaging.export import load_regularizer
 
@@ -39,6 +43,17 @@ def parse() -> argparse.Namespace:
     timed.add_argument("--images", type=int, help="only so many images of a workload, for a quick look")
     timed.add_argument("--compile", action="store_true", help="measure our compiled kernels, too")
     timed.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    whole = kinds.add_parser("training", parents=[common], help="time to within 1 %% of the best loss")
+    about = "; ".join(f"{name}: {t.workload.title}" for name, t in training.TRAININGS.items())
+    whole.add_argument(
+        "--runs", nargs="+", choices=list(training.TRAININGS), default=["W6A"], metavar="NAME", help=about
+    )
+    whole.add_argument("--peers", nargs="+", choices=["all", "none", *training.ROUTES], default=["all"], metavar="NAME")
+    whole.add_argument("--repeats", type=int, default=3, help="timed runs (default: %(default)s)")
+    whole.add_argument("--figure", type=Path, help="also draw the curves here")
+    growth = kinds.add_parser("scaling", parents=[common], help="cost by pixels, images and processes")
+    growth.add_argument("--parts", nargs="+", choices=scaling.PARTS, default=list(scaling.PARTS), metavar="NAME")
+    growth.add_argument("--repeats", type=int, default=5, help="timed repeats (default: %(default)s)")
     rates = kinds.add_parser("kernels", parents=[common], help="how close the kernels come to what the machine can do")
     rates.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     timed = kinds.add_parser("reconstruction", parents=[common], help="seconds to a certified reconstruction")
@@ -52,19 +67,44 @@ def hypergradient(arguments: argparse.Namespace) -> dict[str, Any]:
     """Record of the timings."""
     if arguments.threads == 1:
         one_thread()
-    peers = [name for name in benchmark.ADAPTERS if "all" in arguments.peers or name in arguments.peers]
     return benchmark.run(
         arguments.workloads,
-        peers,
+        chosen(arguments.peers, benchmark.ADAPTERS),
         levels=sorted(arguments.levels, reverse=True),
         images=arguments.images,
         repeats=arguments.repeats,
         cap=arguments.cap,
         compiled=arguments.compile,
         device=arguments.device,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=say,
         keep=lambda record: save(record, arguments.json),
     )
+
+
+def whole_runs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Record of the training runs, and their figure."""
+    if arguments.threads == 1:
+        one_thread()
+    record = training.run(
+        arguments.runs,
+        chosen(arguments.peers, training.ROUTES),
+        repeats=arguments.repeats,
+        say=say,
+        keep=lambda record: save(record, arguments.json),
+    )
+    if arguments.figure:
+        training.figure(record).savefig(arguments.figure, dpi=150)
+    return record
+
+
+def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Those of ``known`` that are named, or all."""
+    return [name for name in known if "all" in names or name in names]
+
+
+def say(text: str) -> None:
+    """Progress, for whoever waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def save(record: dict[str, Any], path: Path | None) -> None:
@@ -80,6 +120,12 @@ def main() -> None:
     if arguments.kind == "hypergradient":
         record = hypergradient(arguments)
         table = benchmark.table(record)
+    elif arguments.kind == "training":
+        record = whole_runs(arguments)
+        table = training.table(record)
+    elif arguments.kind == "scaling":
+        record = scaling.run(arguments.parts, repeats=arguments.repeats, say=say)
+        table = scaling.table(record)
     elif arguments.kind == "kernels":
         record = kernel_rates.run(arguments.device)
         table = kernel_rates.table(record)

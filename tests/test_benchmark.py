@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +18,21 @@ import torch
 
 import bilevel_imaging as bi
 from bilevel_imaging.experiments import benchmark, kernel_rates, reconstruction_time
-from bilevel_imaging.experiments.benchmark import comparison, measuring, memory, ours, report
+from bilevel_imaging.experiments.benchmark import (
+    comparison,
+    data_parallel,
+    measuring,
+    memory,
+    ours,
+    report,
+    scaling,
+    training,
+)
 from bilevel_imaging.experiments.benchmark.method import Answer, Ladder, Setting
 from bilevel_imaging.experiments.benchmark.models import Model
 from bilevel_imaging.experiments.benchmark.peers import ADAPTERS
 from bilevel_imaging.experiments.benchmark.peers.lower import accelerated, lbfgs
+from bilevel_imaging.experiments.benchmark.training import course, race, routes, runs
 from bilevel_imaging.experiments.benchmark.workloads import WORKLOADS, model
 from bilevel_imaging.upper_level.quasi_newton import flatten
 
@@ -248,10 +261,15 @@ def test_memory_of_a_call():
     assert memory.peak(lambda: None) <= 30
 
 
-def test_command(monkeypatch, tmp_path, capsys):
+def _script():
     spec = importlib.util.spec_from_file_location("benchmark_script", ROOT / "scripts" / "benchmark.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    script = _script()
     installed = comparison._version
     missing = {"jaxopt", "torchdeq"}
     monkeypatch.setattr(comparison, "_version", lambda name: None if name in missing else installed(name))
@@ -301,3 +319,209 @@ def test_kernel_rates_of_a_small_image():
         filters["convolutions_seconds"] / filters["product_seconds"]
     )
     assert filters["operations_per_second"] * filters["product_seconds"] == pytest.approx(4 * 48 * 49 * 8 * 8)
+
+
+# ------------------------------------------------------------------------------------------ whole training runs
+
+
+@pytest.fixture(scope="module")
+def start():
+    """A small training set, far from its best parameters."""
+    workload = replace(runs.TRAININGS["W6A"].workload, images=2, size=12)
+    return workload.build(dtype=torch.float64)
+
+
+def _learned(task):
+    """Best parameters, by SciPy on losses of minimizers by torch.optim: nothing of ours but the constants."""
+    from scipy.optimize import minimize
+
+    def loss(theta):
+        at = task.at(torch.from_numpy(theta.copy()), task.y)
+        return at.loss(lbfgs(at, 40)).item()
+
+    return minimize(loss, task.theta.numpy(), method="Nelder-Mead", options={"xatol": 1e-2, "fatol": 1e-6}).fun
+
+
+def test_judge_measures_true_losses_and_the_reference_is_the_best(start):
+    judge = runs.Judge(start, 1e-9)
+    value = judge(start.theta)
+    assert value.value == pytest.approx(start.loss(lbfgs(start, 80)).item(), rel=1e-7)
+    assert value.lower <= value.value <= value.upper <= 1.0001 * value.lower
+    before = start.theta.clone()
+    assert judge(runs.reference(start, 15)).value == pytest.approx(_learned(start), rel=1e-2)
+    assert torch.equal(flatten(start.energy.theta), before)  # a run leaves the start as it was
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", [name for name in routes.ROUTES if name in {"ours", *INSTALLED}])
+def test_every_route_lowers_the_loss_to_the_best(name, start, monkeypatch):
+    """The tightest setting with L-BFGS-B; solves go on from the last x, bounds belong to the current parameters."""
+    one = {key: make for key, make in list(ADAPTERS["jaxopt"].line_searches().items())[:1]} if name == "jaxopt" else {}
+    monkeypatch.setattr(ADAPTERS["jaxopt"], "line_searches", lambda: one)
+    judge = race._Remembering(runs.Judge(start, 1e-5))
+    best = judge(runs.reference(start, 15))
+    route = [route for route in routes.routes(name, start, ()) if route.setting.endswith("L-BFGS-B")][-1]
+    entry = race.Entry("", route.setting, partial(course.theirs, start, route))
+    entry.first(judge, 1.02 * best, 60.0)
+    assert entry.ended == "within" and entry.steps > 2 and 0 < entry.seconds <= entry.spent
+
+
+def test_clock_stands_still_while_others_look(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(course, "time", SimpleNamespace(process_time=lambda: now[0], perf_counter=lambda: 2 * now[0]))
+
+    def look(point):
+        now[0] += 100.0  # whoever looks takes long
+
+    running = course.Course(look)
+    for _ in range(2):
+        now[0] += 1.0
+        running.note(torch.zeros(1), 0.5)
+    with running.paused():
+        now[0] += 50.0
+    now[0] += 1.0
+    running.note(torch.zeros(1), 0.5)
+    assert [(point.cpu, point.wall) for point in running.points] == [(1.0, 2.0), (2.0, 4.0), (3.0, 6.0)]
+    with pytest.raises(course.Enough, match="not finite"):
+        running.note(torch.tensor([float("nan")]), 0.5)
+
+
+def _stub(losses, clock):
+    """A run with these true losses, one CPU second each."""
+
+    def run(look):
+        running = course.Course(look)
+        try:
+            for loss in losses:
+                clock[0] += 1.0
+                running.note(torch.tensor([loss]), loss)
+        except course.Enough as reason:
+            return running.points, str(reason)
+        return running.points, "stopped"
+
+    return run
+
+
+def test_first_time_within_counts(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(course, "time", SimpleNamespace(process_time=lambda: clock[0], perf_counter=lambda: clock[0]))
+    judge = lambda theta: float(theta)  # noqa: E731
+
+    def first(losses, limit=9.0):
+        entry = race.Entry("a", "b", _stub(losses, clock))
+        entry.first(judge, 1.5, limit)
+        return entry
+
+    entry = first([3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert (entry.seconds, entry.steps, entry.ended) == (3.0, 3, "within")
+    entry.once_more()
+    assert len(entry.again[0]) == 6  # half as far again, and two
+    row = race._row(entry, [[3.0, 2.0, 1.0, 1.0, 1.0, 1.0]], 2.0)
+    assert row["cpu_seconds"] == 2.0 and row["steps"] == 2 and len(row["curve"]) == 6
+    assert race._row(entry, [[3.0] * 6], 2.0)["cpu_seconds"] is None
+    assert first([3.0, 2.0], limit=9.0).ended == "stopped" and first([3.0, 2.0]).seconds is None
+    assert first([3.0] * 5, limit=2.0).ended == "given up after 3.00 CPU seconds"
+    rows = [{"library": name, "cpu_seconds": s} for name, s in (("ours", 1.0), ("x", 4.0), ("x", 2.0), ("y", None))]
+    assert race._summary(rows) == {"cpu_seconds": {"ours": 1.0, "x": 2.0}, "ratio": 0.5}
+    assert race._summary([*rows, {"library": routes.TUNED, "cpu_seconds": 0.1}])["ratio"] == 0.5
+
+
+@pytest.mark.slow
+def test_training_record_table_and_figure(monkeypatch, tmp_path, capsys):
+    whole = runs.TRAININGS["W6A"]
+    few = replace(whole.workload, images=2, size=12)
+    tiny = replace(whole, workload=few, rates=(0.3,), reference_steps=15, cap=2.0)
+    monkeypatch.setattr(comparison, "_version", lambda name: None if name == "jaxopt" else "1")
+    monkeypatch.setattr(routes, "UNROLLED", ((True, 20),))
+    script, original = _script(), training.run
+    monkeypatch.setattr(
+        script.training, "run", lambda *names, **options: original(*names, trainings={"W6A": tiny}, **options)
+    )
+    command = "benchmark.py training --peers jaxopt unrolled --repeats 2 --threads 2"
+    paths = ["--json", str(tmp_path / "record.json"), "--figure", str(tmp_path / "curves.png")]
+    monkeypatch.setattr(sys, "argv", [*command.split(), *paths])
+    script.main()
+    record, text = json.loads((tmp_path / "record.json").read_text()), capsys.readouterr().out
+    one = record["trainings"]["W6A"]
+    mine = one["rows"][0]
+    assert mine["library"] == "ours" and len(mine["all_cpu_seconds"]) == 2 and mine["cpu_seconds"] > 0
+    place = mine["steps"] - 1
+    assert (
+        mine["curve"][place]["loss"]
+        <= 1.01 * one["best_loss"]
+        < min([one["first_loss"], *(point["loss"] for point in mine["curve"][:place])])
+    )
+    assert "MAID, defaults" in text and "pip install jaxopt" in text and "settings tried were within" in text
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------------------------- scaling
+
+
+def test_scaling_of_small_problems(monkeypatch):
+    for option in ("size", "images"):
+        task = scaling.task(**{option: 128 if option == "size" else 3})
+        assert task.y.shape == ((1, 1, 128, 128) if option == "size" else (3, 1, 64, 64))
+    monkeypatch.setattr(scaling, "keep_freed", lambda: True)  # not in the process of all tests
+    monkeypatch.setattr(scaling, "data_parallel", lambda say: PARALLEL)
+    record = scaling.run(sizes=(64,), batches=(2,), repeats=1)
+    row = record["images"][0]
+    assert row["pixels"] == 2 * 64 * 64 and row["relative_bound"] <= 0.1 and row["hvps"] > 5
+    assert row["cpu_nanoseconds_per_pixel"] == pytest.approx(1e9 * row["cpu_seconds"] / row["pixels"])
+    text = scaling.table(record)
+    assert "freed memory kept" in text and "1.50 times the steps of one" in text
+    assert "size" not in scaling.run(["images"], batches=(1,), repeats=1)
+
+
+PARALLEL = {
+    "steps_per_second": {"one_process": 2.0, "all_processes": 3.0},
+    "gain": 1.5,
+    "gain_of_independent_runs": 1.7,
+    "logical_processors": 2,
+    "cores_according_to_the_system": 1,
+    "undisturbed_rounds": 1,
+    "rounds": [{}],
+}
+
+
+def test_kept_memory_comes_without_page_faults():
+    """In a process of its own: this can't be undone."""
+    program = (
+        "import resource, runpy, numpy\n"
+        f"keep_freed = runpy.run_path({memory.__file__!r})['keep_freed']\n"
+        "def faults():\n"
+        "    for _ in range(2):\n"
+        "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "        numpy.ones(40 * 2**20, dtype=numpy.uint8)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "print(faults(), keep_freed(), faults())"
+    )
+    environ = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    before, told, after = done.stdout.split()
+    if told == "False":
+        pytest.skip("the C library can't be told")
+    assert int(before) > 1000 > 100 > int(after)
+
+
+def test_gain_of_two_processes(monkeypatch, capsys):
+    """One process measures itself thrice; the record takes the median of the rounds that nothing disturbed."""
+    monkeypatch.setattr(data_parallel, "WORKLOADS", {"W1": replace(TINY["W1"], images=2, size=12)})
+    monkeypatch.setattr(data_parallel, "ROUNDS", 2)
+    data_parallel.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 2 and all(min(speed) > 0 for speeds in found for speed in speeds.values())
+
+    def speeds(one, together, apart, processors=2.0):
+        return {
+            "one_process": (one, 1.0),
+            "all_processes": (together, processors),
+            "independent_runs": (apart, processors),
+        }
+
+    rounds = [speeds(1, 1.5, 1), speeds(2, 3, 4), speeds(4, 8, 4), speeds(4, 4, 4, 1.5)]
+    done = SimpleNamespace(returncode=0, stdout="noise\n" + json.dumps(rounds))
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *command, **options: done)
+    record = scaling.data_parallel()
+    assert (record["gain"], record["gain_of_independent_runs"], record["undisturbed_rounds"]) == (1.5, 1.0, 3)
+    assert record["steps_per_second"] == {"one_process": 2, "all_processes": 3, "independent_runs": 4}

@@ -13,9 +13,12 @@ from dense import dense, drawn, kernel, smoothed_tv, tomography, true_hypergradi
 from torch import Tensor
 
 import bilevel_imaging as bi
+from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.energies import DataWeight, FrequencyWeights, NoiseWeight, SamplingMask, VariationalProblem
 from bilevel_imaging.energies.weighted_terms import MAX_COLUMNS
 from bilevel_imaging.tensors import inner, norm
+from bilevel_imaging.training import evaluation
+from bilevel_imaging.training.sampling import compare_patterns, describe_patterns, patterns
 
 F32, F64 = torch.float32, torch.float64
 
@@ -532,3 +535,44 @@ def test_learning_the_weights_lowers_the_loss():
     assert losses[-1] < 0.9 * losses[0]
     learned = weight.weights().detach().flatten()
     assert float(learned[::2].min()) > float(learned[1::2].max())
+
+
+def test_patterns_have_the_same_number_of_columns():
+    learned = varied(SamplingMask((1, 32), 0.3))
+    found = patterns(learned, seed=2)
+    count = round(float(learned.mask.detach().sum()))
+    assert {name: int(columns.sum()) for name, columns in found.items()} == dict.fromkeys(found, count)
+    s = learned.mask.detach()[0]
+    assert s[found["learned"] == 1].min() >= s[found["learned"] == 0].max()
+    kept = found["low frequencies"].nonzero().flatten()
+    assert kept.tolist() == list(range(int(kept[0]), int(kept[0]) + count)) and 16 in kept
+    assert abs(float(kept.double().mean()) - 16) <= 0.5
+    assert not torch.equal(found["variable density"], patterns(learned, seed=3)["variable density"])
+    with pytest.raises(ValueError, match=r"shape \(1, columns\)"):
+        patterns(SamplingMask((32, 1)))
+
+
+def test_the_pattern_of_the_truth_wins(monkeypatch):
+    """Images whose columns of k-space are all but 6 nearly zero: a mask that knows them beats the fixed patterns."""
+    monkeypatch.setattr(evaluation, "BASELINE_SMOOTHINGS", (0.01,))
+    monkeypatch.setattr(evaluation, "GRID", (1e-3,))
+    monkeypatch.setattr(evaluation, "REFINEMENTS", 0)
+    logits = torch.full((1, 16), -3.0, dtype=F64)
+    logits[0, [8, 7, 9, 3, 13, 2]] = 3.0
+    weight = SamplingMask((1, 16))
+    with torch.no_grad():
+        weight.logits.copy_(logits)
+    chosen = patterns(weight)["learned"]
+    spectrum = like(torch.zeros(3, 16, 16, dtype=torch.complex128), 4) * chosen
+    centered = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="ortho")
+    images = [torch.stack([x.real, x.imag]) for x in torch.fft.fftshift(centered, dim=(-2, -1))]
+    physics = MRI(mask=torch.ones(1, 1, 16, 16, dtype=F64), img_size=(2, 16, 16))
+    names = ["a", "b", "c"]
+    pairs = ImagePairs(names, images, [physics.A(x[None])[0] for x in images], lambda shape: physics)
+    found = compare_patterns(weight, bi.TotalVariation(), pairs, pairs.subset([1]), ridge=1e-3)
+    best = found["learned"]["psnr"]
+    assert found["learned"]["columns"] == chosen.nonzero().flatten().tolist()
+    for name in ("low frequencies", "variable density"):
+        assert best["zero_filled"] > found[name]["psnr"]["zero_filled"] + 3
+        assert best["reconstructed"] > found[name]["psnr"]["reconstructed"] + 3
+    assert len(describe_patterns(found)) == 3 and "6 columns" in describe_patterns(found)[0]

@@ -142,7 +142,7 @@ def run(
         seed: of the noise.
         tuning: images to tune on, where something is tuned; ``None`` for the bundled training photographs.
         tune: what to adapt of every regularizer to every noise level: "weight", "scale" or both. A large scale gains
-            little and costs time; the one left alone has the value that is right if images are as likely at any contrast.
+            little and costs time. One that is left alone is right if images are as likely at any contrast.
         tv: add total variation with tuned weight and smoothing; ``None``: if there are no regularizers.
         progress: show bars on a terminal.
         device: where to compute, and where the regularizers are.

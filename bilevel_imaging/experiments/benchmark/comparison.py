@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -53,9 +53,9 @@ def run(
         say: told what is going on, line by line.
         keep: given the record so far after every workload.
     """
-    present, skipped = _installed(peers)
+    present, skipped = installed(peers)
     record: dict[str, Any] = {
-        "environment": environment(device) | {name: _version(name) for name in _packages(present)},
+        "environment": environment_with(device, [ADAPTERS[name].PACKAGE for name in present]),
         "levels": list(levels),
         "repeats": repeats,
         "cap_cpu_seconds": cap,
@@ -104,20 +104,21 @@ def reference(task: Task) -> Hypergradient:
     return hypergradient(task.problem(torch.float64), SquaredError(), task.x_true.double(), relative=REFERENCE)
 
 
-def _installed(peers: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def installed(peers: Sequence[str], adapters: Mapping[str, Any] = ADAPTERS) -> tuple[list[str], dict[str, str]]:
     """Names of those that are installed, and what is missing."""
     present, skipped = [], {}
     for name in peers:
-        package = ADAPTERS[name].PACKAGE
+        package = adapters[name].PACKAGE
         if _version(package) is None:
-            skipped[ADAPTERS[name].NAME] = f"skipped, not installed: pip install {package}"
+            skipped[adapters[name].NAME] = f"skipped, not installed: pip install {package}"
         else:
             present.append(name)
     return present, skipped
 
 
-def _packages(present: Sequence[str]) -> list[str]:
-    return sorted({"jax", *(ADAPTERS[name].PACKAGE for name in present)})
+def environment_with(device: str, packages: Sequence[str]) -> dict[str, Any]:
+    """What is measured on, with the versions of JAX and other packages."""
+    return environment(device) | {name: _version(name) for name in sorted({"jax", *packages})}
 
 
 def _version(package: str) -> str | None:

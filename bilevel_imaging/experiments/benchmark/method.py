@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -17,12 +18,16 @@ class Answer:
         gradients: lower-level gradients per image, recorded ones included; ``None`` where they can't be counted.
         hvps: Hessian-vector products per image, likewise.
         bound: relative error bound that the method itself reports; ``None`` if it reports none.
+        x: the approximate minimizers it belongs to, as arrays of its library; ``None`` where they are not kept.
+        loss: the upper-level loss there, likewise.
     """
 
     gradient: Tensor
     gradients: float | None = None
     hvps: float | None = None
     bound: float | None = None
+    x: Any = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

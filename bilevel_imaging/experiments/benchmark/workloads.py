@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from deepinv.physics import LinearPhysics
@@ -21,9 +23,7 @@ from bilevel_imaging.experiments.benchmark.models import (
     TotalVariationModel,
 )
 from bilevel_imaging.regularizers import ConvexRidge, FieldsOfExperts, TotalVariation
-from bilevel_imaging.upper_level.quasi_newton import flatten
-
-TILE = 256
+from bilevel_imaging.upper_level.quasi_newton import assign, flatten
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Task:
         energy: ours.
         degradation: operator and noise.
         x_true: ground truth, ``(B, 1, H, W)``.
-        y: measurements, ``(B, 1, H, W)``; every solve starts here.
+        y: measurements, ``(B, 1, H, W)``.
         model: the energy for other libraries.
+        x0: where every solve starts, ``(B, 1, H, W)``, as an array of whatever library solves.
     """
 
     energy: VariationalEnergy
@@ -43,6 +44,7 @@ class Task:
     x_true: Tensor
     y: Tensor
     model: Model
+    x0: Any
 
     def physics(self, dtype: torch.dtype | None = None) -> LinearPhysics:
         """The deepinv operator, by default in the dtype of the data."""
@@ -51,6 +53,12 @@ class Task:
     def problem(self, dtype: torch.dtype | None = None) -> LowerLevelProblem:
         """The batch of lower-level problems, by default in the dtype of the data."""
         return self.energy.bind(self.y.to(dtype or self.y.dtype), self.physics(dtype))
+
+    def pairs(self, dtype: torch.dtype | None = None) -> ImagePairs:
+        """The data as a training set, by default in its own dtype."""
+        x, y = (list(stack.to(dtype or stack.dtype)) for stack in (self.x_true, self.y))
+        physics = partial(self.degradation.physics, dtype=y[0].dtype, device=self.y.device)
+        return ImagePairs([str(i) for i in range(len(y))], x, y, physics)
 
     @cached_property
     def theta(self) -> Tensor:
@@ -67,6 +75,12 @@ class Task:
         """Strong convexity and Lipschitz constant of the gradient, as proved by us."""
         found = self.problem().constants()
         return float(found.strong_convexity.min()), float(found.smoothness.max())
+
+    def at(self, theta: Tensor, x0: Any) -> Task:
+        """The same data at other parameters ``(P,)``, with solves that start elsewhere."""
+        energy = copy.deepcopy(self.energy)
+        assign(energy.theta, theta)
+        return replace(self, energy=energy, x0=x0)
 
     def leaf(self) -> Tensor:
         """A copy of theta that records gradients."""
@@ -88,7 +102,8 @@ class Workload:
         images: number of images, one batch.
         size: pixels along each side.
         photograph: a whole photograph instead of crops, by name.
-        tiled: one image put together from crops of 256x256.
+        tiled: one image put together from crops.
+        tile: pixels along each side of these.
     """
 
     title: str
@@ -98,21 +113,22 @@ class Workload:
     size: int
     photograph: str = ""
     tiled: bool = False
+    tile: int = 256
 
     def build(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
         """The task; the same images and noise every time."""
         pairs = ImagePairs.build(self._images(), self.degradation, dtype, device)
         energy = self.energy().to(device)
         x_true, y = torch.stack(pairs.x), torch.stack(pairs.y)
-        return Task(energy, self.degradation, x_true, y, model(energy, self.degradation, y))
+        return Task(energy, self.degradation, x_true, y, model(energy, self.degradation, y), y)
 
     def _images(self) -> list[tuple[str, Tensor]]:
         pictures = photographs()
         if self.photograph:
             return [(self.photograph, pictures[self.photograph][:, : self.size, : self.size])]
         if self.tiled:
-            side = self.size // TILE
-            tiles = crops(pictures, TILE, side**2)
+            side = self.size // self.tile
+            tiles = crops(pictures, self.tile, side**2)
             rows = [torch.cat([tile for _, tile in tiles[i * side : (i + 1) * side]], -1) for i in range(side)]
             return [("tiles", torch.cat(rows, -2))]
         return crops(pictures, self.size, self.images)

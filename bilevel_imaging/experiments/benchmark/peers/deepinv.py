@@ -48,6 +48,6 @@ def _compute(task: Task, anderson: bool, steps: int) -> Answer:
         anderson_acceleration=anderson,
         DEQ=backward,
     )
-    x = solver(task.y, task.physics(), init=task.y)
+    x = solver(task.y, task.physics(), init=task.x0)
     gradient = torch.autograd.grad(task.loss(x), prior.theta)[0]
     return Answer(gradient.double().cpu())

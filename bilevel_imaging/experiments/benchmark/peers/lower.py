@@ -16,7 +16,7 @@ STEPS = (10, 14, 20, 28, 36, 45, 56, 70, 90, 112, 140, 180, 224, 280, 360, 450, 
 def accelerated(
     task: Task, steps: int, theta: Tensor | None = None, gradient: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """x after so many steps of Nesterov's method for strongly convex functions, from y.
+    """x after so many steps of Nesterov's method for strongly convex functions.
 
     Args:
         task: the problem.
@@ -30,7 +30,7 @@ def accelerated(
     momentum = (root - 1) / (root + 1)
     with torch.set_grad_enabled(theta is not None):
         theta = task.theta if theta is None else theta
-        x = z = task.y
+        x = z = task.x0
         for _ in range(steps):
             ahead = z - gradient(z, theta, task.data) / smoothness
             x, z = ahead, ahead + momentum * (ahead - x)
@@ -38,8 +38,8 @@ def accelerated(
 
 
 def lbfgs(task: Task, steps: int) -> Tensor:
-    """x after so many iterations of torch.optim.LBFGS with a line search, from y."""
-    x = task.y.clone().requires_grad_(True)
+    """x after so many iterations of torch.optim.LBFGS with a line search."""
+    x = task.x0.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [x], max_iter=steps, tolerance_grad=0, tolerance_change=0, history_size=10, line_search_fn="strong_wolfe"
     )

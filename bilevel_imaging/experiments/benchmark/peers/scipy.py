@@ -44,7 +44,7 @@ def _compute(task: Task, steps: int, inner: int) -> Answer:
             return float(value), flat(task.model.gradient(x, task.theta, task.data))
 
     options = {"maxiter": steps, "maxfun": 2 * steps + 20, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(energy, flat(task.y), jac=True, method="L-BFGS-B", options=options)
+    found = minimize(energy, flat(task.x0), jac=True, method="L-BFGS-B", options=options)
     theta, x = task.leaf(), image(found.x).requires_grad_(True)
     gradient = task.model.gradient(x, theta, task.data)
 

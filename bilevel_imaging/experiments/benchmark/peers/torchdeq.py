@@ -43,6 +43,6 @@ def _compute(task: Task, solver: str, steps: int) -> Answer:
     def step(z: torch.Tensor) -> torch.Tensor:
         return z - task.model.gradient(z, theta, task.data) / task.constants[1]
 
-    x = model(step, task.y)[0][-1]
+    x = model(step, task.x0)[0][-1]
     gradient = torch.autograd.grad(task.loss(x), theta)[0]
     return Answer(gradient.double().cpu(), float(task.model.gradients - before))

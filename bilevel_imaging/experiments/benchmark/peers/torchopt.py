@@ -65,5 +65,7 @@ def compute(task: Task, minimize: Callable[[], Tensor], solve: Any) -> Answer:
         return minimize()
 
     theta = task.leaf()
-    gradient = torch.autograd.grad(task.loss(root(task.y, theta)), theta)[0]
-    return Answer(gradient.double().cpu(), gradients=float(task.model.gradients - before))
+    x = root(task.x0, theta)
+    loss = task.loss(x)
+    gradient = torch.autograd.grad(loss, theta)[0].double().cpu()
+    return Answer(gradient, float(task.model.gradients - before), x=x.detach(), loss=loss.item())

@@ -25,11 +25,14 @@ def ladders(task: Task) -> list[Ladder]:
 
 def _settings(task: Task, recorded: bool) -> Iterator[Setting]:
     for steps in STEPS:
-        yield Setting(f"{steps} steps", partial(_compute, task, steps, recorded))
+        yield Setting(f"{steps} steps", partial(compute, task, steps, recorded))
 
 
-def _compute(task: Task, steps: int, recorded: bool) -> Answer:
+def compute(task: Task, steps: int, recorded: bool) -> Answer:
+    """The derivative of the loss after so many steps, with a gradient by autograd or written by hand."""
     theta = task.leaf()
     x = accelerated(task, steps, theta, partial(Model.gradient, task.model) if recorded else None)
-    gradient = torch.autograd.grad(task.loss(x), theta)[0]
-    return Answer(gradient.double().cpu(), float(steps), float(steps))  # one reverse sweep per step
+    loss = task.loss(x)
+    gradient = torch.autograd.grad(loss, theta)[0].double().cpu()
+    # one reverse sweep per step
+    return Answer(gradient, float(steps), float(steps), x=x.detach(), loss=loss.item())
