@@ -422,8 +422,9 @@ CONFIG = Path(__file__).resolve().parent.parent / "scripts" / "configs" / "conve
 
 def test_training_over_a_range_of_noise_levels(tmp_path):
     options = (
-        "--data.train= --data.val= --data.patch_size=16 --data.max_images=2 --data.eval_size=24 --upper.minibatch=3 "
-        "--upper.max_steps=3 --logging.tensorboard=false --logging.progress=false --logging.validate_images=1"
+        "--data.train= --data.val= --regularizer.start= --data.patch_size=16 --data.max_images=2 --data.eval_size=24 "
+        "--upper.minibatch=3 --upper.max_steps=3 --logging.tensorboard=false --logging.progress=false "
+        "--logging.validate_images=1"
     ).split()
     small = '--regularizer.options={"regularizer": {"kind": "convex_ridge", "features": [3], "size": 3, "knots": 4}}'
     assert train_main([f"--config={CONFIG}", f"--output={tmp_path / 'run'}", small, *options]) == 0

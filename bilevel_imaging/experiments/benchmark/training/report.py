@@ -30,7 +30,7 @@ def table(record: Record) -> str:
         lines += _tuning(one)
         ratio = one["summary"]["ratio"]
         lines += ["" if ratio is None else f"ours / best peer {ratio:.2f}"]
-        lines += ["later: the largest true loss above the best after that, of half as many steps again", ""]
+        lines += ["later: largest true loss above the best in half as many steps again, also where only tried", ""]
     lines += [f"{library}: {reason}" for library, reason in record["skipped"].items()]
     return "\n".join(lines).rstrip()
 
