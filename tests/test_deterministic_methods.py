@@ -388,7 +388,7 @@ def test_relaxed_tests_accept_what_noise_hides(name, monkeypatch):
     report = METHODS[name]().step(Biased(**hidden))
     assert report.accepted and report.backtracks == 0
     strict = {
-        "noisy_line_search": lambda self, old, new, needed: new.value <= old.value - needed,
+        "noisy_line_search": lambda self, both, needed: both.new.value <= both.old.value - needed,
         "noisy_trust_region": lambda self, both, predicted: both.old.value - both.new.value >= 0.1 * predicted,
     }
     monkeypatch.setattr(BROKEN[name][0], "_accepted", strict[name])
@@ -476,7 +476,7 @@ def test_second_derivative_of_the_loss():
     theta, accuracy = flatten(objective.theta), {"error_tol": 1e-11, "residual_tol": 1e-11}
     objective.hypergradient(**accuracy)
     parts, cost = moving.sensitivities(objective, 1e-10)
-    hessian, more = moving.second_derivative(parts)
+    hessian, more = moving.second_derivative(parts, moving.gauss_newton(parts))
     assert (cost.gradients, cost.mixed_products) == (2, 4) and cost.hvps > 0
     assert (more.gradients, more.hvps, more.mixed_products) == (2, 6, 6)
     slopes, points = [], []
@@ -497,7 +497,16 @@ def test_second_derivative_of_the_loss():
     apart = smooth_objective(batch_size=1)
     apart.hypergradient(**accuracy)
     parts, _ = moving.sensitivities(apart, 1e-10)
-    assert len(parts) == 2 and torch.allclose(moving.second_derivative(parts)[0], hessian, rtol=1e-7)
+    again, _ = moving.second_derivative(parts, moving.gauss_newton(parts))
+    assert len(parts) == 2 and torch.allclose(again, hessian, rtol=1e-7)
+
+
+def test_derivatives_of_the_minimizers_need_all_images():
+    objective = smooth_objective()
+    objective.hypergradient(error_tol=1e-2, residual_tol=1e-2)
+    objective.processes = SimpleNamespace(size=2)
+    with pytest.raises(ValueError, match="all images in one process"):
+        moving.sensitivities(objective, 0.1)
 
 
 def test_derivatives_of_the_minimizers_start_from_those_before():

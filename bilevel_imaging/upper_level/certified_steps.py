@@ -14,6 +14,9 @@ from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepRepo
 from bilevel_imaging.upper_level.conditions import gradient_norm_interval
 from bilevel_imaging.upper_level.quasi_newton import assign
 
+# losses that a relaxed test compares are computed to this part of the decrease it asks for: it then still implies no
+# increase of the true one
+NOISE_SHARE = 1 / 4
 # changes of the accuracy of one value, and how many of them
 LARGEST_CHANGE, SMALLEST_CHANGE, MAX_CHANGES = 0.1, 1e-4, 12
 # solvers may be far more accurate than they were asked to be: so many changes may pass without effect
@@ -159,6 +162,10 @@ class Compared:
         """The sum of both certified errors; 0 where nothing is certified."""
         total = half_width(self.old) + half_width(self.new)
         return total if math.isfinite(total) else 0.0
+
+    def lower_by(self, needed: float) -> bool:
+        """Whether the loss fell by ``needed``, a test relaxed by the noise."""
+        return self.old.value - self.new.value + self.noise >= needed
 
 
 def compare(

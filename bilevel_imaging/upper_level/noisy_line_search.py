@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.base import Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
+    Compared,
     certified_stationary,
     check_positive,
     check_range,
     check_state,
-    first_error_tol,
-    half_width,
+    compare,
     not_worth,
     report,
     require_all_images,
     value_with,
-    value_within,
     within_certificate,
 )
 from bilevel_imaging.upper_level.conditions import RelativeError
@@ -99,32 +97,26 @@ class NoisyLineSearch(UpperLevelMethod):
         self.steps += 1
         largest = float(direction.abs().max())
         a = min(self.step_size or LARGEST_FIRST_MOVE / largest, self.largest_move / largest)
-        self.error_tol = self.error_tol or first_error_tol(h.loss)
         for backtracks in range(MAX_TRIALS):
             needed = self.decrease * a * h.norm**2
             goal = self.noise or NOISE_SHARE * needed
-            if goal < half_width(old) < math.inf:
-                assign(objective.theta, theta)
-                again, _, tries = value_within(objective, goal, self.error_tol)
-                cost, refinements = cost + again.cost, refinements + tries
-                old = min(old, again, key=half_width)
-            assign(objective.theta, theta - a * direction)
-            value, self.error_tol, tries = value_within(objective, goal, 2 * self.error_tol, hopeless=old.upper)
-            cost, refinements = cost + value.cost, refinements + tries
-            if self._accepted(old, value, needed):
+            both = compare(objective, old, theta, -a * direction, goal, self.error_tol)
+            old, self.error_tol = both.old, both.error_tol
+            cost, refinements = cost + both.cost, refinements + both.refinements
+            if self._accepted(both, needed):
                 self.step_size = a / self.gamma
                 moved = a * h.norm
                 counts = {"refinements": refinements, "backtracks": backtracks}
-                return report(h, value, cost, step_size=a, moved=moved, extra={"noise": _noise(old, value)}, **counts)
+                return report(h, both.new, cost, step_size=a, moved=moved, extra={"noise": both.noise}, **counts)
             a *= self.gamma
         assign(objective.theta, theta)
         self.step_size = a
         stop = "no step along the negative hypergradient lowers the loss by more than its values may be off"
         return report(h, old, cost, refinements=refinements, backtracks=MAX_TRIALS, stop=stop)
 
-    def _accepted(self, old: CertifiedValue, new: CertifiedValue, needed: float) -> bool:
+    def _accepted(self, both: Compared, needed: float) -> bool:
         """The relaxed Armijo test; where nothing is certified, the plain one."""
-        return new.value <= old.value - needed + _noise(old, new)
+        return both.lower_by(needed)
 
     def state_dict(self) -> dict[str, Any]:
         """Step length, accuracy of the values and number of steps."""
@@ -135,9 +127,3 @@ class NoisyLineSearch(UpperLevelMethod):
         check_state(state, {"step_size", "error_tol", "steps"}, "NoisyLineSearch")
         self.step_size, self.error_tol = float(state["step_size"]), float(state["error_tol"])
         self.steps = int(state["steps"])
-
-
-def _noise(old: CertifiedValue, new: CertifiedValue) -> float:
-    """2 eps_f; 0 where nothing is certified."""
-    total = half_width(old) + half_width(new)
-    return total if math.isfinite(total) else 0.0

@@ -14,6 +14,7 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import Objective, SampledObjective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
+    NOISE_SHARE,
     Compared,
     certified_stationary,
     check_positive,
@@ -28,11 +29,9 @@ from bilevel_imaging.upper_level.certified_steps import (
 )
 from bilevel_imaging.upper_level.conditions import AbsoluteError
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
-from bilevel_imaging.upper_level.sensitivities import gauss_newton, second_derivative, sensitivities
+from bilevel_imaging.upper_level.sensitivities import gauss_newton, in_one_process, second_derivative, sensitivities
 from bilevel_imaging.upper_level.trust_region_models import RankOneHessian, trust_region_step
 
-# values are computed to this part of the decrease asked for: the relaxed test then still implies no increase
-NOISE_SHARE = 1 / 4
 SMALLEST_RADIUS = 1e-12
 
 
@@ -69,8 +68,8 @@ class NoisyTrustRegion(UpperLevelMethod):
         accept: eta_1, in (0, 1).
         steep: eta_2, in units of ||h_0|| / Delta_0.
         gamma: in (0, 1).
-        model: see above; "auto" for "newton" with up to 16 parameters, one process, and an objective that hands out its
-            lower-level problems, else "sr1".
+        model: see above; "newton" and "gauss_newton" need an objective that hands out its lower-level problems, and all
+            images in one process; "auto" for "newton" where that is so and there are up to 16 parameters, else "sr1".
         memory: SR1 pairs, >= 1.
         tolerance: stop when a step that no radius limits is predicted to lower the loss by less than this fraction.
         stationarity_tol: stop when ||grad F|| is certified to be at most this; ``None`` for never.
@@ -164,8 +163,7 @@ class NoisyTrustRegion(UpperLevelMethod):
         """The product v -> B v at theta, and the work."""
         kind = self.model
         if kind == "auto":
-            alone = getattr(getattr(objective, "processes", None), "size", 1) == 1
-            possible = alone and isinstance(objective, SampledObjective)
+            possible = in_one_process(objective) and isinstance(objective, SampledObjective)
             kind = "newton" if possible and len(flatten(objective.theta)) <= FEW_PARAMETERS else "sr1"
         if kind == "sr1":
             return self.hessian.build(), Cost()
@@ -173,7 +171,7 @@ class NoisyTrustRegion(UpperLevelMethod):
         self.derivatives = [part.derivative for part in parts]
         matrix = gauss_newton(parts)
         if kind == "newton":
-            exact, spent = second_derivative(parts)
+            exact, spent = second_derivative(parts, matrix)
             cost = cost + spent
             if bool((torch.linalg.eigvalsh(exact) > 0).all()):
                 matrix = exact
@@ -187,7 +185,7 @@ class NoisyTrustRegion(UpperLevelMethod):
 
     def _accepted(self, both: Compared, predicted: float) -> bool:
         """The relaxed ratio; where nothing is certified, the plain one."""
-        return both.old.value - both.new.value + both.noise >= self.accept * predicted
+        return both.lower_by(self.accept * predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """Radius, units, accuracy of the values, curvature pairs, dx*/dtheta and the last hypergradient."""

@@ -14,7 +14,7 @@ from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.mixed_operators import mixed_operators
 from bilevel_imaging.linear_solvers import BlockConjugateGradient
 from bilevel_imaging.tensors import norm
-from bilevel_imaging.upper_level.base import SampledObjective, Samples
+from bilevel_imaging.upper_level.base import Objective, SampledObjective, Samples
 
 # one linear system per parameter and image: more than this many are not solved
 MOST_PARAMETERS = 100
@@ -33,6 +33,11 @@ class Sensitivity:
     derivative: Tensor
 
 
+def in_one_process(objective: Objective) -> bool:
+    """Whether this process has all images."""
+    return getattr(getattr(objective, "processes", None), "size", 1) == 1
+
+
 def sensitivities(
     objective: SampledObjective, relative: float, before: Sequence[Tensor] = ()
 ) -> tuple[list[Sensitivity], Cost]:
@@ -46,7 +51,12 @@ def sensitivities(
     Returns:
         batches of images, and the work: one gradient per image, the columns of J, and products shared by all columns
         (see :class:`BlockConjugateGradient`).
+
+    Raises:
+        ValueError: several processes share the images.
     """
+    if not in_one_process(objective):
+        raise ValueError("Expected all images in one process for dx*/dtheta. Got several; run without torchrun.")
     found, total = [], Cost()
     for number, samples in enumerate(objective.draw(everything=True)):
         assert samples.x is not None, "no hypergradient was computed yet"
@@ -71,16 +81,20 @@ def gauss_newton(parts: Sequence[Sensitivity]) -> Tensor:
     return torch.stack([_inner(part.derivative, _loss_products(part)) for part in parts]).sum(0) / _count(parts)
 
 
-def second_derivative(parts: Sequence[Sensitivity]) -> tuple[Tensor, Cost]:
+def second_derivative(parts: Sequence[Sensitivity], first: Tensor) -> tuple[Tensor, Cost]:
     """F'' at theta, ``(n, n)`` float64 on the CPU, without the second derivative of the exact term, and the work.
 
     With p the adjoint and G the gradient of the lower level, F'' = W^T f'' W - D^2 <p, G> [(W, I), (W, I)], where D is
     the derivative in (x, theta) together and p is fixed: everything else is 0 at a minimizer with its adjoint. The
     second part is differentiated by autograd through the energy, one Hessian and one mixed product per parameter and
     image.
+
+    Args:
+        parts: all images.
+        first: their :func:`gauss_newton`, the first part.
     """
     spent = sum((part.samples.problem.cost for part in parts), Cost())
-    matrix = gauss_newton(parts) - torch.stack([_along_the_path(part) for part in parts]).sum(0) / _count(parts)
+    matrix = first - torch.stack([_along_the_path(part) for part in parts]).sum(0) / _count(parts)
     work = sum((part.samples.problem.cost for part in parts), Cost()) - spent
     return 0.5 * (matrix + matrix.T), work
 
