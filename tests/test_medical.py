@@ -418,18 +418,18 @@ def test_lines_in_a_file():
     stream = io.StringIO()
     log = Log(True, stream, interval=3600)
     log.line("begin")
-    with log.steps("learning", 4) as steps:
+    with log.steps("learning", 4) as done:
         for number in range(3):
-            steps.done(f"loss {number}")
+            done(f"loss {number}")
     lines = stream.getvalue().splitlines()
     assert [line.partition(" s  ")[2] for line in lines] == [
         "begin",
         "learning: step 1/4, loss 0",
         "learning: step 3/4, loss 2",
     ]
-    with pytest.raises(KeyboardInterrupt), log.steps("other", 9) as steps:
-        steps.done("a")
-        steps.done("b")
+    with pytest.raises(KeyboardInterrupt), log.steps("other", 9) as done:
+        done("a")
+        done("b")
         raise KeyboardInterrupt
     assert stream.getvalue().splitlines()[-1].endswith("other: step 2/9, b")
 
@@ -438,8 +438,8 @@ def test_nothing_is_said_unasked():
     stream = io.StringIO()
     log = Log(False, stream)
     log.line("begin")
-    with log.steps("learning", 1) as steps:
-        steps.done("loss")
+    with log.steps("learning", 1) as done:
+        done("loss")
     assert stream.getvalue() == ""
 
 

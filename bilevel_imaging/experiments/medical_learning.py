@@ -70,11 +70,11 @@ def learn_scalars(regularizer: Regularizer, pairs: ImagePairs, *, ridge: float, 
     objective = BilevelObjective(VariationalEnergy(regularizer, ridge=ridge), pairs)
     method = MAID(relative=MAID_RELATIVE, tolerance=MAID_TOLERANCE, largest_move=LARGEST_MOVE)
     begin, reports = time.perf_counter(), []
-    with log.steps(name, MAID_STEPS) as shown:
+    with log.steps(name, MAID_STEPS) as done:
         for _ in range(MAID_STEPS):
             reports.append(method.step(objective))
             values = ", ".join(f"{key} {value:.3g}" for key, value in _values(objective).items())
-            shown.done(f"loss {reports[-1].loss:.5g}, {values}")
+            done(f"loss {reports[-1].loss:.5g}, {values}")
             if reports[-1].stop or _stalled(reports):
                 break
     last = reports[-1]
@@ -139,7 +139,7 @@ def train_all(
     best, losses, points, certified = copy.deepcopy(regularizer.state_dict()), {}, dict[int, Tensor](), 0
     losses[0] = mean_loss(energy, validation, points)
     every = max(1, steps // CHECKS)
-    with log.steps(name, steps) as shown:
+    with log.steps(name, steps) as done:
         for step in range(1, steps + 1):
             made = method.step(objective)
             certified += made.certified
@@ -147,7 +147,7 @@ def train_all(
                 losses[step] = mean_loss(energy, validation, points)
                 if losses[step] == min(losses.values()):
                     best = copy.deepcopy(regularizer.state_dict())
-            shown.done(f"loss {made.loss:.4g}, validation loss {list(losses.values())[-1]:.5g}")
+            done(f"loss {made.loss:.4g}, validation loss {list(losses.values())[-1]:.5g}")
     regularizer.load_state_dict(best)
     regularizer.requires_grad_(False)
     return {

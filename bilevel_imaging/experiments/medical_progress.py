@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import TextIO
 
 from tqdm import tqdm
+
+from bilevel_imaging.training.progress import Steps
 
 INTERVAL = 5.0  # seconds between two lines of one learning, at least
 
@@ -28,43 +32,31 @@ class Log:
     def line(self, text: str) -> None:
         """One line after the seconds since the start, without breaking a bar."""
         if self.enabled:
-            tqdm.write(f"{time.monotonic() - self.begin:6.0f} s  {text}", file=self.stream)
+            tqdm.write(self._timed(text), file=self.stream)
             self.stream.flush()
 
-    def steps(self, name: str, total: int) -> Steps:
-        """For a ``with`` block: the steps of one learning, at most ``total``."""
-        return Steps(self, name, total)
-
-
-class Steps:
-    """Made by :meth:`Log.steps`."""
-
-    def __init__(self, log: Log, name: str, total: int):
-        self.log, self.name, self.total = log, name, total
-        self.count, self.next, self.waiting = 0, 0.0, ""
-
-    def __enter__(self) -> Steps:
-        shown = self.log.enabled and self.log.stream.isatty()
-        self.bar = tqdm(
-            total=self.total, desc=self.name, unit=" steps", file=self.log.stream, leave=False, disable=not shown
+    @contextmanager
+    def steps(self, name: str, total: int) -> Iterator[Callable[[str], None]]:
+        """For a ``with`` block: what is told, in words, of every finished step of one learning, at most ``total``."""
+        shown = Steps(
+            total,
+            enabled=self.enabled,
+            stream=self.stream,
+            interval=self.interval,
+            desc=name,
+            unit=" steps",
+            leave=False,
         )
-        return self
+        numbers = count(1)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.bar.close()
-        self._flush()
+        def done(text: str) -> None:
+            step = next(numbers)
+            shown.show(step, text, self._timed(f"{name}: step {step}/{total}, {text}"))
 
-    def done(self, text: str) -> None:
-        """One more step is finished."""
-        self.count += 1
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        self.waiting = "" if not self.bar.disable else f"{self.name}: step {self.count}/{self.total}, {text}"
-        if time.monotonic() >= self.next:
-            self._flush()
-            self.next = time.monotonic() + self.log.interval
+        try:
+            yield done
+        finally:
+            shown.close()
 
-    def _flush(self) -> None:
-        if self.waiting:
-            self.log.line(self.waiting)
-            self.waiting = ""
+    def _timed(self, text: str) -> str:
+        return f"{time.monotonic() - self.begin:6.0f} s  {text}"

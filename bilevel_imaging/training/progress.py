@@ -44,25 +44,28 @@ def describe(record: Mapping[str, Any], validation: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
-class Progress:
+LAYOUT = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+class Steps:
     """A bar on a terminal, else at most one line every ``interval`` seconds; the first and last steps always.
 
     Args:
         total: steps of the whole run.
-        initial: steps already done.
         enabled: ``False`` shows nothing but messages.
         stream: where to; ``None`` for standard error.
         interval: seconds between two plain lines.
+        bar: further arguments of tqdm.
     """
 
     def __init__(
         self,
         total: int,
-        initial: int = 0,
         *,
         enabled: bool = True,
         stream: TextIO | None = None,
         interval: float = 5.0,
+        **bar: Any,
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total = total
@@ -70,23 +73,17 @@ class Progress:
         self._interval = interval
         self._next = 0.0
         self._waiting = ""
-        self._bar: tqdm | None = None
-        if enabled and self._stream.isatty():
-            layout = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self._bar = tqdm(
-                total=total, initial=initial, file=self._stream, dynamic_ncols=True, bar_format=layout, leave=True
-            )
+        self._bar = tqdm(total=total, file=self._stream, **bar) if enabled and self._stream.isatty() else None
 
-    def update(self, record: Mapping[str, Any], validation: Mapping[str, float]) -> None:
-        """Show one finished step."""
+    def show(self, step: int, text: str, line: str) -> None:
+        """Step number ``step`` is finished: ``text`` beside the bar, or a line of its own."""
         if not self._enabled:
             return
-        text = describe(record, validation)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(record["step"] - self._bar.n)
+            self._bar.update(step - self._bar.n)
             return
-        self._waiting = f"step {record['step']}/{self._total}: {text}, {record['seconds']:.0f} s"
+        self._waiting = line
         now = time.monotonic()
         if now >= self._next:
             self._flush()
@@ -110,3 +107,15 @@ class Progress:
         if self._waiting:
             print(self._waiting, file=self._stream, flush=True)
             self._waiting = ""
+
+
+class Progress(Steps):
+    """That of a training; ``initial`` steps are already done."""
+
+    def __init__(self, total: int, initial: int = 0, *, enabled: bool = True) -> None:
+        super().__init__(total, enabled=enabled, initial=initial, dynamic_ncols=True, bar_format=LAYOUT, leave=True)
+
+    def update(self, record: Mapping[str, Any], validation: Mapping[str, float]) -> None:
+        """Show one finished step."""
+        text = describe(record, validation)
+        self.show(record["step"], text, f"step {record['step']}/{self._total}: {text}, {record['seconds']:.0f} s")
