@@ -84,6 +84,10 @@ class LabeledFeatures:
         """Compiled code for products with such tensors, ``None`` where PyTorch has to make them."""
         return self._packed if native.serves(self.features, *given) and self._is_sparse else None
 
+    def _compiled_with(self, rows: Tensor, *given: Tensor) -> native.SparseExamples | None:
+        """The same for p as in :meth:`gradient`, which compiled code must have made."""
+        return self._compiled(rows, *given) if rows.shape[1] == native.MOST_CLASSES else None
+
     def logits(self, w: Tensor) -> Tensor:
         """W a_i for all i, ``(C, N)``."""
         packed = self._compiled(w)
@@ -112,15 +116,15 @@ class LabeledFeatures:
 
     def hessian(self, v: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """sum_i weights_i S_i V a_i a_i^T ``(C, d)`` with the covariances S_i = diag(p_i) - p_i p_i^T; p as above."""
-        packed = self._compiled(v, weights, rows)
-        if packed is not None and rows.shape[1] == native.MOST_CLASSES:
+        packed = self._compiled_with(rows, v, weights)
+        if packed is not None:
             return packed.hessian(v, weights, rows)
         return (weights * covariance(self.planes(rows), self.logits(v))) @ self.features
 
     def mixed(self, q: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """weights_i <p_i - e_{y_i}, Q a_i> ``(N,)``; p as above."""
-        packed = self._compiled(q, weights, rows)
-        if packed is not None and rows.shape[1] == native.MOST_CLASSES:
+        packed = self._compiled_with(rows, q, weights)
+        if packed is not None:
             return packed.mixed(q, weights, rows)
         return weights * ((self.planes(rows) - self.targets) * self.logits(q)).sum(0)
 

@@ -180,4 +180,3 @@ void NAME(bank_backward)(
     }
     free(sums);
 }
-#undef LANES

@@ -30,7 +30,6 @@ static inline double power_of_two_float64(int32_t n) {
     return power.value;
 }
 #endif
-#define LANES ((int64_t)(64 / sizeof(REAL)))
 #define PARTS (CLASSES / LANES)
 
 typedef struct {
@@ -226,5 +225,4 @@ void NAME(sparse_pass)(
     }
     free(w);
 }
-#undef LANES
 #undef PARTS
