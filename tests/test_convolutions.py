@@ -117,3 +117,19 @@ def test_whole_runs_of_conjugate_gradients(channels):
     assert float((rhs - exact).flatten(1).norm(dim=1).max()) < 1.001e-9
     alone = ConjugateGradient(preconditioner="auto").solve(at.subset(torch.tensor([1])), rhs[1:2], 1e-9)
     assert torch.equal(alone.q, results[0][1:2])
+
+
+def test_filters_are_taken_apart_once(monkeypatch):
+    """A and A^T A in the dtype of the data and in that of the certificates, however many hypergradients there are."""
+    calls, separable = [], native.separable
+
+    def counted(*args):
+        calls.append(args)
+        return separable(*args)
+
+    monkeypatch.setattr(native, "separable", counted)
+    problem, x = deblurring(torch.float32)
+    bi.hypergradient(problem, bi.SquaredError(), x, relative=0.1)
+    first = len(calls)
+    bi.hypergradient(problem, bi.SquaredError(), x, relative=0.1)
+    assert 2 <= first <= 4 and len(calls) == first

@@ -6,7 +6,6 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -204,6 +203,7 @@ class CirculantTerm(DataTerm):
         self.transfer64 = transfer.expand(*y.shape[:2], *transfer.shape[-2:])
         self.transfer = self.transfer64.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
         self.shape = y.shape
+        self._separated: dict[tuple[str, torch.dtype], SeparableConvolution | None] = {}
         power = _power(self.transfer64)
         # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side
         self.lowest = power.flatten(1).amin(1) * (1 - 1e-12)
@@ -241,12 +241,15 @@ class CirculantTerm(DataTerm):
         return self._filter(1 / (self.power + 0.05), self.aty)  # Wiener filter for about 5 % noise power
 
     def subset(self, index: Tensor) -> DataTerm:
+        _ = self._forward, self._gram  # once for all subsets
         part = CirculantTerm(self.y[index], self.transfer64[index])
-        part._forward, part._gram = (c and c.of(index) for c in (self._forward, self._gram))
+        part._separated = {key: known and known.of(index) for key, known in self._separated.items()}
         return part
 
     def double(self) -> DataTerm:
-        return CirculantTerm(self.y.double(), self.transfer64)
+        exact = CirculantTerm(self.y.double(), self.transfer64)
+        exact._separated = self._separated  # kept here: terms in float64 are made anew for every hypergradient
+        return exact
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         size = self.highest * x.double().flatten(1).norm(dim=1)
@@ -259,15 +262,21 @@ class CirculantTerm(DataTerm):
     def convolution(self) -> SeparableConvolution | None:
         return self._gram
 
-    @cached_property
+    @property
     def _forward(self) -> SeparableConvolution | None:
         """A for compiled code."""
-        return native.separable(self.transfer64, self.y.shape[-1], self.y.dtype)
+        return self._separation("forward", lambda: self.transfer64)
 
-    @cached_property
+    @property
     def _gram(self) -> SeparableConvolution | None:
         """A^T A for compiled code."""
-        return native.separable(_power(self.transfer64), self.y.shape[-1], self.y.dtype)
+        return self._separation("gram", lambda: _power(self.transfer64))
+
+    def _separation(self, name: str, transfer: Callable[[], Tensor]) -> SeparableConvolution | None:
+        key = (name, self.y.dtype)
+        if key not in self._separated:
+            self._separated[key] = native.separable(transfer(), self.y.shape[-1], self.y.dtype)
+        return self._separated[key]
 
 
 def _power(transfer: Tensor) -> Tensor:
