@@ -13,6 +13,9 @@ from torch import Tensor
 
 from bilevel_imaging import native
 
+# samples with norms between this and its reciprocal are used as they are: squares stay far from the limits
+SAFE = 1e-6
+
 
 def _in_one_pass(a: Tensor, b: Tensor) -> bool:
     """Whether compiled code can form the inner products of such samples."""
@@ -73,14 +76,32 @@ def as_per_sample(value: float | Tensor, reference: Tensor, name: str) -> Tensor
     return result.clone()
 
 
+def largest_entries(a: Tensor) -> Tensor:
+    """max |a_i|, ``(B, *image)`` to ``(B,)``; NaN where there is one."""
+    if _in_one_pass(a, a):
+        return native.largest(a)
+    return a.flatten(1).abs().amax(1)
+
+
+def all_finite(a: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without a mask of the size of ``a``."""
+    return bool((a.detach() * 0).sum() == 0)
+
+
 def binary_scale(b: Tensor) -> Tensor:
     """A power of two near the largest entry of every sample, ``(B,)``; 1 where that is 0 or not finite."""
-    largest = b.detach().flatten(1).abs().amax(1)
+    largest = largest_entries(b.detach())
     usable = largest.isfinite() & (largest > 0)
     exponent = torch.frexp(torch.where(usable, largest, 1.0)).exponent
     # away from the ends of the range, so that the reciprocal is a normal number too
     reach = 120 if b.dtype == torch.float32 else 1000
     return torch.exp2(exponent.clamp(-reach, reach).to(b.dtype))
+
+
+def units(size: Tensor, b: Tensor) -> Tensor | None:
+    """The power of two by which every sample of b, of these norms, is divided before squares are formed, ``(B,)``;
+    ``None`` if none needs it."""
+    return None if bool(((size > SAFE) & (size < 1 / SAFE)).all()) else binary_scale(b)
 
 
 def entries(values: Mapping[str, Tensor]) -> Tensor:

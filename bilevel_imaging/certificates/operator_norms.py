@@ -51,8 +51,11 @@ def from_columns(columns: Tensor) -> Tensor:
     flat = columns.flatten(2).double()
     if flat.shape[1] == 0:
         return flat.new_zeros(flat.shape[0])
-    scale = binary_scale(flat)  # squares of tiny columns must not underflow
-    flat = flat / per_sample(scale, flat)
+    scale = binary_scale(flat)
+    if bool(((scale > 1e-100) & (scale < 1e100)).all()):
+        scale = torch.ones_like(scale)
+    else:  # squares of tiny columns must not underflow
+        flat = flat / per_sample(scale, flat)
     if flat.shape[1] == 1:
         return scale * flat[:, 0].norm(dim=1) * (1 + GRAM_SLACK)
     gram = flat @ flat.transpose(1, 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel_imaging import native
 from bilevel_imaging.native import SeparableConvolution
-from bilevel_imaging.tensors import squared_norm
+from bilevel_imaging.tensors import norm, squared_norm
 from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
 
 
@@ -78,7 +78,7 @@ class DataTerm(abc.ABC):
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         """Size of the terms added up in ``grad(x)``, ``(B,)`` float64."""
-        return self.grad(x).double().flatten(1).norm(dim=1)
+        return norm(self.grad(x)).double()
 
     def diagonal(self) -> Tensor | None:
         """Diagonal of A^T A, broadcastable to the image, if A^T A is diagonal."""
@@ -86,6 +86,10 @@ class DataTerm(abc.ABC):
 
     def spectrum(self) -> Tensor | None:
         """Eigenvalues of A^T A in the rfft2 basis, if it is a circular convolution."""
+        return None
+
+    def backprojection(self) -> Tensor | None:
+        """A^T W y, ``(B, C, H, W)``, where it is at hand."""
         return None
 
     def convolution(self) -> SeparableConvolution | None:
@@ -140,6 +144,9 @@ class IdentityTerm(DataTerm):
 
     def diagonal(self) -> Tensor:
         return self.y.new_ones(())
+
+    def backprojection(self) -> Tensor:
+        return self.y
 
 
 class MaskTerm(DataTerm):
@@ -258,6 +265,9 @@ class CirculantTerm(DataTerm):
 
     def spectrum(self) -> Tensor:
         return self.power
+
+    def backprojection(self) -> Tensor:
+        return self.aty
 
     def convolution(self) -> SeparableConvolution | None:
         return self._gram

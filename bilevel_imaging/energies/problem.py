@@ -18,7 +18,7 @@ from bilevel_imaging.derivatives import (
     NewtonModel,
     Preconditioner,
 )
-from bilevel_imaging.native import Stencil
+from bilevel_imaging.native import Descent, Stencil
 
 __all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
 
@@ -93,6 +93,10 @@ class LowerLevelProblem(abc.ABC):
 
     def metric(self) -> Metric | None:
         """A matrix below every Hessian that is cheap to invert, or ``None``."""
+        return None
+
+    def descent(self) -> Descent | None:
+        """Newton's method for these problems in compiled code, the work counted here; ``None`` where there is none."""
         return None
 
     @property

@@ -6,17 +6,20 @@ import deepinv
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging import native
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization, Metric
 from bilevel_imaging.energies.binding import data_term
 from bilevel_imaging.energies.data_terms import DataTerm
 from bilevel_imaging.energies.data_weights import DataWeight
+from bilevel_imaging.energies.preconditioning import pays
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.energies.variational_linearization import VariationalLinearization
 from bilevel_imaging.energies.weighted_terms import WeightedTerm, weighted
 from bilevel_imaging.errors import NotStronglyConvexError
+from bilevel_imaging.native import Descent, Quadratic
 from bilevel_imaging.regularizers.base import Regularizer
-from bilevel_imaging.tensors import squared_norm
+from bilevel_imaging.tensors import all_finite, squared_norm
 
 # below this fraction of ||A||^2, strong convexity exists on paper only
 USABLE_STRONG_CONVEXITY = 1e-6
@@ -87,7 +90,7 @@ class VariationalEnergy(nn.Module):
             raise ValueError(f"Expected measurements y as a non-empty tensor (B, ...). Got {got}.")
         if y.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Expected y in float32 or float64. Got {y.dtype}; convert with y.float().")
-        if not bool(torch.isfinite(y).all()):
+        if not all_finite(y):
             bad = torch.nonzero(~torch.isfinite(y).flatten(1).all(1)).flatten().tolist()
             raise ValueError(f"Expected finite measurements. Got NaN or inf in samples {bad} of y.")
         for name, parameter in self.named_parameters():
@@ -191,6 +194,21 @@ class VariationalProblem(LowerLevelProblem):
         if self.ridge:
             scale = scale + self.ridge * x.detach().double().flatten(1).norm(dim=1)
         return 4 * torch.finfo(self.dtype).eps * scale
+
+    def descent(self) -> Descent | None:
+        data, diagonal, convolution = self.data, self.data.diagonal(), self.data.convolution()
+        b = None if diagonal is None and convolution is None or pays(data) else data.backprojection()
+        if b is None or not native.serves(b):
+            return None
+
+        def count(gradients: int, products: int) -> None:
+            self.cost.gradients += gradients
+            self.cost.hvps += products
+            self.cost.forward_ops += data.applications * (gradients + products)
+
+        constant = self.ridge if diagonal is None else float(diagonal) + self.ridge
+        offset = data.value(b.new_zeros(()).expand(b.shape)).double()
+        return self.regularizer.descent(Quadratic(b.contiguous(), constant, convolution, offset, count))
 
     def metric(self) -> Metric | None:
         """A^T W A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""

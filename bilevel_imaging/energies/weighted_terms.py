@@ -129,6 +129,10 @@ class ScaledTerm(WeightedTerm):
         diagonal = self.inside.diagonal()
         return None if diagonal is None else self._scale(diagonal).detach()
 
+    def backprojection(self) -> Tensor | None:
+        backprojection = self.inside.backprojection()
+        return None if backprojection is None else self._scale(backprojection).detach()
+
     def spectrum(self) -> Tensor | None:
         spectrum = self.inside.spectrum()
         return None if spectrum is None else self._scale(spectrum).detach()

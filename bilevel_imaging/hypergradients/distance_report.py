@@ -21,6 +21,7 @@ DISTANCE_CERTIFICATES = ("gradient", "metric", "newton", "kantorovich", "local",
 FIRST_RESIDUAL, RESIDUAL_SHARE = 1e-2, 1e-2
 
 
+@torch.no_grad()
 def distance_certificates(
     problem: LowerLevelProblem, x: Tensor, *, linear: LinearSolver | None = None
 ) -> dict[str, Tensor]:

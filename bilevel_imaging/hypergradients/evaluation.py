@@ -12,10 +12,12 @@ from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import LinearSolution
-from bilevel_imaging.tensors import binary_scale, entries, inner, norm, per_sample, products
+from bilevel_imaging.tensors import entries, inner, norm, products
 
 # relative rounding of the coefficients from which an energy norm was computed
 ENERGY_SLACK = 1e-2
+# curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
+SMALL = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def estimate(
     q_norm = norm(q).double()
     smoothness = point.constants.smoothness
     size = 10 * norm(product).double() if smoothness is None else smoothness.double() * q_norm
-    rounding = unit * size + unit * norm(point.loss_grad).double()
+    rounding = unit * size + unit * point.loss_grad_norm
     measured = norm(residual).double()
     partial = Estimate(
         point=point,
@@ -110,14 +112,17 @@ def estimate(
     )
     if point.value_reason:
         return partial
-    local = _local(point, q, product, residual, rounding, known)
+    local = _local(point, q, product, residual, rounding, known, gradient)
     if thrifty and gradient and point.columns is None and local is not None and bool(local.valid.all()):
         partial = replace(partial, hessian=torch.full_like(measured, torch.inf), local=local)
         partial = replace(partial, loss_interval=_loss_interval(partial, partial.hessian))
         return _certify_local(partial, q_norm)
     if gradient and point.reason:
         return partial
-    hessian, along = _along(point, q, q_norm)
+    if not gradient and local is not None and bool((local.curvature * local.distance < SMALL).all()):
+        hessian, along = torch.full_like(measured, torch.inf), None  # the local interval is the smaller one
+    else:
+        hessian, along = _along(point, q, q_norm)
     partial = replace(partial, hessian=hessian, local=local)
     partial = replace(partial, loss_interval=_loss_interval(partial, hessian))
     return _certify(partial, q_norm, measured, along) if gradient else partial
@@ -143,11 +148,8 @@ def _directional(point: Point, q: Tensor) -> Directional | None:
     unit = torch.finfo(dtype).eps
     # the working point is x rounded: no pixel moved by more than this, so the ball around it holds that around x
     moved = unit * norm(point.x).double()
-    # homogeneous in q: normalized, so that squares of a tiny q do not underflow to a bound of 0
-    scale = binary_scale(q)
-    along = working.directional(
-        (q / per_sample(scale, q)).to(dtype), ((point.distance + moved) * (1 + 4 * unit)).to(dtype)
-    )
+    scale, direction = point.direction(q)
+    along = working.directional(direction, ((point.distance + moved) * (1 + 4 * unit)).to(dtype))
     if along is None:
         return None
     # relative errors are a few units of the last place, times the power (at most 5) in which a length enters
@@ -181,9 +183,8 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         mixed_lipschitz=constants.mixed_lipschitz.double(),
         loss_smoothness=loss_smoothness,
     )
-    loss_grad_norm = norm(point.loss_grad).double()
     bounds = {
-        "classical": certificates.classical(m, loss_grad_norm, constants.hessian_lipschitz.double()),
+        "classical": certificates.classical(m, point.loss_grad_norm, constants.hessian_lipschitz.double()),
         "directional": certificates.directional(m, hessian, mixed),
     }
     if point.metric is not None:
@@ -230,12 +231,20 @@ def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:
 
 
 def _local(
-    point: Point, q: Tensor, product: Tensor, residual: Tensor, rounding: Tensor, known: LinearSolution | None
+    point: Point,
+    q: Tensor,
+    product: Tensor,
+    residual: Tensor,
+    rounding: Tensor,
+    known: LinearSolution | None,
+    gradient: bool,
 ) -> LocalMeasurements | None:
-    """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes."""
+    """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes. A value
+    has no use for the columns of J."""
     mu = point.constants.strong_convexity.double()
     change = point.local_change(q, point.energy_distance.clamp(1e-30, 1e15))
-    if change is None or point.mixed_dual_norms is None:
+    mixed = point.mixed_dual_norms if gradient else q.new_zeros(len(q), 0).double()
+    if change is None or mixed is None:
         return None
     dual = point.dual_norm(residual)
     if known is not None and known.energy_norm is not None:
@@ -245,7 +254,7 @@ def _local(
         distance=point.energy_distance,
         curvature=point.relative_curvature,
         residual_norm=dual + rounding / mu.sqrt(),
-        mixed_norms=point.mixed_dual_norms,
+        mixed_norms=mixed,
         slopes=change.slopes,
         hessian=change.hessian,
         adjoint_energy=change.energy,
@@ -292,9 +301,8 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
     off = norm(e.q).double() * point.rounding
     lower = (lower - off).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # 0 * inf where a kink is met
     upper = (upper + off).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    loss_grad_norm = norm(point.loss_grad).double()
     plain_lower, plain_upper = certificates.corrected_value_interval(
-        point.loss_value, distance, loss_grad_norm, smoothness, torch.zeros_like(hessian), convex
+        point.loss_value, distance, point.loss_grad_norm, smoothness, torch.zeros_like(hessian), convex
     )
     if e.local is not None:
         local_lower, local_upper = certificates.local_value_interval(e.local, e.loss, convex)

@@ -33,6 +33,7 @@ POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
 VERIFIED_SHARE, VERIFYING_STEP = 0.4, 1e-2
 
 
+@torch.no_grad()
 def hypergradient(
     problem: LowerLevelProblem,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -174,7 +175,7 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
     """
     if not first.bounds and first.point.reason:
         point = refiner.newton_step(first.point, 0.1)
-        residual_tol = 0.1 * norm(first.residual).double().clamp(max=float(norm(point.loss_grad).max()))
+        residual_tol = 0.1 * norm(first.residual).double().clamp(max=float(point.loss_grad_norm.max()))
         only = refiner.correct_adjoint(point, first, residual_tol)
         return only, only
     names = _available(first, names)
@@ -212,7 +213,9 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
         # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
         first_error, first_residual = min(first_error, FIRST_ERROR_MANY), min(first_residual, FIRST_RESIDUAL_MANY)
-    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True)
+    current = refiner.solve(
+        x0, q0, first_error * size, first_residual, relative=True, aim=lambda size: 0.9 * goal.bound(size)
+    )
     if not current.bounds and current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     if not _available(current, names):
@@ -323,6 +326,7 @@ def _components(current: Estimate, verifier: Estimate | None, problem: LowerLeve
     return {name: b.reshape(p.shape) for (name, p), b in zip(problem.theta.items(), pieces, strict=True)}
 
 
+@torch.no_grad()
 def loss_interval(
     problem: LowerLevelProblem,
     loss: Callable[[Tensor, Tensor], Tensor],

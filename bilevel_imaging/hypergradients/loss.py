@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bilevel_imaging.tensors import all_finite
+
 
 class LossOracle:
     """Wraps a loss ``loss(x, x_true) -> (B,)`` with its ground truth.
@@ -22,7 +24,7 @@ class LossOracle:
         if not isinstance(x_true, Tensor) or x_true.shape != shape:
             got = tuple(x_true.shape) if isinstance(x_true, Tensor) else type(x_true).__name__
             raise ValueError(f"Expected x_true of the shape of the images, {tuple(shape)}. Got {got}.")
-        if not bool(torch.isfinite(x_true).all()):
+        if not all_finite(x_true):
             raise ValueError("Expected a finite ground truth. Got NaN or inf in x_true.")
         self.loss, self.x_true = loss, x_true.detach()
         self.smoothness: float | None = getattr(loss, "smoothness", None)

@@ -12,7 +12,7 @@ from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, M
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
-from bilevel_imaging.tensors import binary_scale, norm, per_sample
+from bilevel_imaging.tensors import norm, per_sample, units
 
 
 def dual_norm(v: Tensor, strong_convexity: Tensor, metric: Metric | None) -> Tensor:
@@ -53,10 +53,12 @@ class Point:
         self.loss_value = loss.value(x).double()
         self.loss_grad = loss.grad(x)
         self.rounding = problem.gradient_rounding(x).double()
+        self.loss_grad_norm = norm(self.loss_grad).double()
         self.measured_grad_norm = norm(self.gradient).double()
         self.grad_norm = self.measured_grad_norm + self.rounding
         self.gradient_energy = gradient_energy
         self.failures = [] if failures is None else failures
+        self._direction: tuple[Tensor, Tensor, Tensor] | None = None
 
     @cached_property
     def ball_constants(self) -> Constants:
@@ -179,13 +181,21 @@ class Point:
         """How derivatives change along q for ||e||_H <= radius ``(B,)``, likewise."""
         mu, at = self.constants.strong_convexity, self.working
         dtype = at.grad.dtype
-        # homogeneous in q: normalized, so that squares of a tiny q do not underflow
-        scale = binary_scale(q)
-        change = at.local_change((q / per_sample(scale, q)).to(dtype), radius.to(dtype), mu.to(dtype))
+        scale, direction = self.direction(q)
+        change = at.local_change(direction, radius.to(dtype), mu.to(dtype))
         if change is None:
             return None
         up = scale.double() * self._rounded_up
         return LocalChange(change.hessian * up, change.slopes, change.energy * up)
+
+    def direction(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Powers of two s ``(B,)`` and q / s in the dtype of the data: what is homogeneous in q is evaluated there, and
+        squares of a tiny q must not underflow to a bound of 0. The latest is remembered."""
+        if self._direction is None or self._direction[0] is not q:
+            scale = units(norm(q), q)
+            direction = (q if scale is None else q / per_sample(scale, q)).to(self.working.grad.dtype)
+            self._direction = q, q.new_ones(len(q)) if scale is None else scale, direction
+        return self._direction[1:]
 
     @cached_property
     def _rounded_up(self) -> float:

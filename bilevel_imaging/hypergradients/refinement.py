@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,13 +14,15 @@ from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.tensors import inner, norm, per_sample
+from bilevel_imaging.tensors import inner, norm, per_sample, products
 
 # a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
 LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
 # of the bound aimed at, this part goes to the lower level, which is good enough below the limit; the rest is the
 # adjoint's
 LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
+# the part of the adjoint before anything has been evaluated
+ADJOINT_SHARE = 0.7
 # curvature times distance from which the local certificate is nearly linear in the distance
 NEAR = 0.2
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
@@ -61,15 +64,39 @@ class Refiner:
         residual_tol: Tensor | float,
         *,
         relative: bool = False,
+        aim: Callable[[float], float] | None = None,
     ) -> Estimate:
-        """Both solves from scratch at fixed accuracies, then one evaluation; ``relative``: residual_tol ||grad f||."""
+        """Both solves from scratch at fixed accuracies, then one evaluation; ``relative``: residual_tol ||grad f||.
+
+        ``aim`` tells the bound to reach from ||h||: the adjoint is continued to where its part of the bound should be
+        small enough, which costs less than to evaluate all certificates first.
+        """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
         point = self.point(self.lower_solution.x)
         rhs = self.loss.grad(self.lower_solution.x)
         residual_tol = residual_tol * norm(rhs) if relative else residual_tol
         self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
+        if aim is not None:
+            self.linear_solution = self._aimed(point, rhs, self.linear_solution, aim)
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
+
+    def _aimed(
+        self, point: Point, rhs: Tensor, solution: LinearSolution, aim: Callable[[float], float]
+    ) -> LinearSolution:
+        """The adjoint solve, continued until ||J||_{H^-1} ||r||_{H^-1} should be ``ADJOINT_SHARE`` of the aim."""
+        if solution.residual is None or point.columns is None or point.mixed_dual_norms is None:
+            return solution
+        size = point.dual_norm(solution.residual.to(point.x.dtype))
+        if solution.energy_norm is not None:
+            size = torch.minimum(size, solution.energy_norm.double())
+        part = point.mixed_dual_norms.norm(dim=1) * size
+        estimate = products(point.columns, solution.q.to(point.columns.dtype)).double().mean(0)
+        target = ADJOINT_SHARE * aim(float(estimate.norm()))
+        if not bool(part.isfinite().all()) or not 0 < target < float(part.mean()):
+            return solution
+        residual_tol = solution.residual_norm * (target / part).clamp(max=1.0).to(rhs.dtype)
+        return self.linear.resume(point.working, rhs, solution, self._attainable(residual_tol, rhs))
 
     def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""

@@ -26,11 +26,10 @@ from bilevel_imaging.linear_solvers._systems import (
     multiplied,
     resumed,
     start,
-    units,
     validate,
 )
 from bilevel_imaging.linear_solvers.base import LinearSolution, LinearSolver
-from bilevel_imaging.tensors import as_per_sample, norm, per_sample, squared_norm
+from bilevel_imaging.tensors import as_per_sample, norm, per_sample, squared_norm, units
 
 # On a GPU the question "has every sample stopped?" waits for the device, so it is asked only every few steps.
 _STEPS_BETWEEN_CHECKS = 4
@@ -129,7 +128,7 @@ class IterativeSolver(LinearSolver):
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         limit = self.max_iter if max_iter is None else max_iter
         operator = Operator(linearization, self.preconditioner)
-        scale = units(rhs)
+        scale = units(norm(rhs), rhs)
         systems = start(operator, rhs.detach(), q0, tol, scale)
         memory = self._run(operator, systems, limit, None, check=check, fresh=q0 is None)
         return _solution(systems, scale, tol, q0, memory)
@@ -143,7 +142,7 @@ class IterativeSolver(LinearSolver):
         validate(linearization, rhs, previous.q)
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         operator = Operator(linearization, self.preconditioner)
-        scale = units(rhs)
+        scale = units(norm(rhs), rhs)
         systems = resumed(rhs.detach(), previous, tol, scale)
         memory = self._run(operator, systems, self.max_iter, previous.memory, check=True)
         solution = _solution(systems, scale, tol, previous.q, memory)

@@ -17,7 +17,7 @@ from torch import Tensor
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.linear_solvers.base import LinearSolution
 from bilevel_imaging.native import Stencil
-from bilevel_imaging.tensors import binary_scale, inner, norm, per_sample
+from bilevel_imaging.tensors import inner, norm, per_sample
 
 PreconditionerChoice = Callable[[Tensor], Tensor] | Literal["auto"] | None
 
@@ -119,16 +119,6 @@ def validate(linearization: Linearization, rhs: Tensor, q0: Tensor | None) -> No
                 f"Expected {name} like the gradient: {tuple(grad.shape)}, {grad.dtype}, {grad.device}. "
                 f"Got {tuple(value.shape)}, {value.dtype}, {value.device}."
             )
-
-
-# right-hand sides with norms between this and its reciprocal are solved as they are: squares stay far from the limits
-_SAFE = 1e-6
-
-
-def units(b: Tensor) -> Tensor | None:
-    """The power of two by which every right-hand side is divided, ``(B,)``; ``None`` if none needs it."""
-    size = norm(b)
-    return None if bool(((size > _SAFE) & (size < 1 / _SAFE)).all()) else binary_scale(b)
 
 
 def divided(v: Tensor, scale: Tensor | None) -> Tensor:

@@ -11,12 +11,19 @@ from bilevel_imaging.derivatives import Linearization, NewtonModel, Precondition
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.linear_solvers._systems import PreconditionerChoice
 from bilevel_imaging.linear_solvers.conjugate_gradient import ConjugateGradient
+from bilevel_imaging.lower_solvers._compiled_newton import descend
+from bilevel_imaging.lower_solvers._newton_state import (
+    ENERGY_UNITS,
+    RUNNING,
+    STAGNATED,
+    NewtonState,
+    settle,
+    solution_of,
+    within_rounding,
+)
 from bilevel_imaging.lower_solvers.base import LowerSolution, LowerSolver
 from bilevel_imaging.native import Stencil
 from bilevel_imaging.tensors import as_per_sample, inner, norm, per_sample
-
-RUNNING, CONVERGED, MAX_ITER, STAGNATED, NOT_FINITE = range(5)
-_REASONS = ("running", "converged", "max_iter", "stagnated", "not finite")
 
 # Residual of the Newton system relative to the gradient: at most this, and less as the gradient falls.
 _LARGEST_FORCING = 0.1
@@ -31,48 +38,28 @@ _MAX_TRIALS = 12
 # A rejected trial step is multiplied by something between these, and by the first of them once half of the trials
 # are used up: the last ones reach 1e-6 of the step.
 _SHRINK = (0.1, 0.7)
-# Iterations without such a fall of the gradient norm, near the rounding floor, until a solve counts as stagnated.
-_PATIENCE = 3
-_NEAR_FLOOR = 4.0
-# A predicted decrease of fewer units of the last place of the energy can't be told from rounding.
-_ENERGY_UNITS = 16.0
 
 
 @dataclass
-class _State:
-    """The samples still in the working batch; ``(A,)`` unless said otherwise.
+class _State(NewtonState):
+    """With what the steps of PyTorch's operations need; the samples still in the working batch, ``(A,)``.
 
     Attributes:
-        x, grad: current point and gradient, ``(A, *image)``; size: ||grad||.
-        best_x, best_size: the point with the smallest gradient so far, which is what is returned.
+        x, grad: current point and gradient, ``(A, *image)``.
         first_size: ||grad|| at a cold start, the reference of the forcing term.
-        curvature: strong convexity constant, or the smallest curvature met so far where none is known.
+        index: position in the caller's batch.
         memory: of the energy's Newton model, first dimension A; ``None`` if it has none.
-        error_tol, status, iterations, index (position in the caller's batch), idle (iterations without progress).
     """
 
     x: Tensor
     grad: Tensor
-    size: Tensor
-    best_x: Tensor
-    best_size: Tensor
     first_size: Tensor
-    curvature: Tensor
-    error_tol: Tensor
-    status: Tensor
-    iterations: Tensor
-    idle: Tensor
     index: Tensor
     memory: Tensor | None
 
     def take(self, index: Tensor) -> _State:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return _State(**{name: None if value is None else value[index] for name, value in values.items()})
-
-    @property
-    def target(self) -> Tensor:
-        """Gradient norm to reach. An infinite curvature (none met yet) asks for one step first."""
-        return torch.where(self.curvature.isfinite(), self.curvature * self.error_tol, 0.0)
 
 
 class NewtonCG(LowerSolver):
@@ -117,16 +104,19 @@ class NewtonCG(LowerSolver):
             raise ValueError(
                 f"Expected x0 of shape {tuple(problem.shape)} and {problem.dtype}. Got {tuple(x.shape)}, {x.dtype}."
             )
-        limit = self.max_iter if max_iter is None else max_iter
-        cold = x0 is None
-        state, linearization = _start(problem, x.detach(), as_per_sample(error_tol, x, "error_tol"), cold)
+        limit, cold = self.max_iter if max_iter is None else max_iter, x0 is None
+        error_tol = as_per_sample(error_tol, x, "error_tol")
+        descent = None if callable(self.inner_solver.preconditioner) else problem.descent()
+        if descent is not None:
+            return descend(problem, descent, x.detach(), error_tol, limit, self.inner_solver.max_iter, cold=cold)
+        state, linearization = _start(problem, x.detach(), error_tol, cold)
         known = problem.constants().strong_convexity is not None
         everything, working = state, problem
-        _settle(working, state, limit)
-        if not cold and bool((state.status == RUNNING).any()):
+        settle(working, state, limit)
+        if not cold and state.runs:
             # a warm start is near already: forcing terms relative to a cold one
             state.first_size = torch.maximum(state.size, norm(problem.grad(problem.initial())))
-        while bool((state.status == RUNNING).any()):
+        while state.runs:
             kept = (state.status == RUNNING).nonzero().squeeze(1)
             if 2 * kept.shape[0] <= state.index.shape[0]:
                 smaller, part = working.subset(kept), linearization.subset(kept)
@@ -134,9 +124,9 @@ class NewtonCG(LowerSolver):
                     _put(everything, state)
                     working, linearization, state = smaller, part, state.take(kept)
             linearization = self._step(working, linearization, state, known)
-            _settle(working, state, limit)
+            settle(working, state, limit)
         _put(everything, state)
-        return _solution(problem, everything)
+        return solution_of(problem, everything)
 
     def _step(
         self, problem: LowerLevelProblem, linearization: Linearization, state: _State, known: bool
@@ -189,12 +179,7 @@ def _start(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor, cold: bool)
     linearization = problem.linearize(x)
     grad = linearization.grad
     size = norm(grad)
-    mu = problem.constants().strong_convexity
-    curvature = torch.full_like(size, torch.inf) if mu is None else mu.to(size).expand_as(size).clone()
-    if mu is not None:
-        # what is certified is the measured gradient plus its rounding errors
-        rounding = problem.gradient_rounding(x).to(size) / curvature
-        error_tol = error_tol - torch.minimum(rounding, 0.5 * error_tol)
+    curvature, error_tol = within_rounding(problem, x, error_tol)
     zero = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     index = torch.arange(x.shape[0], device=x.device)
     state = _State(
@@ -239,7 +224,7 @@ def _line_search(
         fits = fits | near_record
         if bool((past & ~near_record).any()):
             before = problem.value(x) if before is None else before
-            enough = _SUFFICIENT * t * slope.abs() + _ENERGY_UNITS * torch.finfo(x.dtype).eps * before.abs()
+            enough = _SUFFICIENT * t * slope.abs() + ENERGY_UNITS * torch.finfo(x.dtype).eps * before.abs()
             fits = fits | (past & (problem.value(point) <= before - torch.where(near, 0.0, enough)))
         waiting = waiting & ~fits
         if not bool(waiting.any()):
@@ -279,26 +264,6 @@ def _replace(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(per_sample(mask, new), new, old)
 
 
-def _settle(problem: LowerLevelProblem, state: _State, max_iter: int) -> None:
-    """Mark the running samples that have converged, stagnated, reached the limit or left the finite numbers."""
-    running = state.status == RUNNING
-    status = torch.where(state.iterations >= max_iter, MAX_ITER, RUNNING)
-    if bool((running & (state.idle >= _PATIENCE)).any()):
-        status = torch.where((state.idle >= _PATIENCE) & _at_floor(problem, state), STAGNATED, status)
-    status = torch.where(state.size <= state.target, CONVERGED, status)
-    status = torch.where(state.size.isfinite(), status, NOT_FINITE)
-    state.status = torch.where(running, status, state.status)
-
-
-def _at_floor(problem: LowerLevelProblem, state: _State) -> Tensor:
-    """Whether the gradient is at its rounding errors, or no decrease of the energy can be seen any more."""
-    unit = torch.finfo(state.x.dtype).eps
-    at_gradient_floor = state.best_size <= _NEAR_FLOOR * problem.gradient_rounding(state.best_x)
-    # the energy exceeds its minimum by at most ||G||^2 / (2 mu)
-    excess = state.best_size.square() / (2 * state.curvature)
-    return at_gradient_floor | (excess <= _ENERGY_UNITS * unit * problem.value(state.best_x).abs())
-
-
 def _put(everything: _State, part: _State) -> None:
     """Write the results of a part of the batch back to the whole."""
     if part is everything:
@@ -306,18 +271,3 @@ def _put(everything: _State, part: _State) -> None:
     for f in fields(part):
         if f.name not in ("index", "memory"):
             getattr(everything, f.name)[part.index] = getattr(part, f.name)
-
-
-def _solution(problem: LowerLevelProblem, state: _State) -> LowerSolution:
-    size = torch.where(state.best_size.isfinite(), state.best_size, torch.inf)
-    mu = problem.constants().strong_convexity
-    rounding = problem.gradient_rounding(state.best_x).to(size)
-    bound = torch.full_like(size, torch.inf) if mu is None else (size + rounding) / mu.to(size)
-    return LowerSolution(
-        x=state.best_x,
-        grad_norm=size,
-        distance_bound=bound,
-        iterations=state.iterations,
-        converged=state.status == CONVERGED,
-        reason=tuple(_REASONS[code] for code in state.status.tolist()),
-    )

@@ -3,6 +3,7 @@
 from bilevel_imaging.native.convolutions import SeparableConvolution, separable
 from bilevel_imaging.native.filters import Bank
 from bilevel_imaging.native.library import native_kernels, serves
+from bilevel_imaging.native.newton import Descent, DescentStates, Quadratic
 from bilevel_imaging.native.potentials import (
     AbsolutePotentials,
     Potentials,
@@ -24,14 +25,18 @@ from bilevel_imaging.native.total_variation import (
     relative_change,
     slopes,
     smoothing_column,
+    unit_squares,
 )
-from bilevel_imaging.native.updates import advance, inner
+from bilevel_imaging.native.updates import advance, inner, largest
 
 __all__ = [
     "MOST_CLASSES",
     "AbsolutePotentials",
     "Bank",
+    "Descent",
+    "DescentStates",
     "Potentials",
+    "Quadratic",
     "SeparableConvolution",
     "SparseExamples",
     "SplinePotentials",
@@ -43,6 +48,7 @@ __all__ = [
     "derivatives",
     "gradient",
     "inner",
+    "largest",
     "linearize",
     "model_field",
     "native_kernels",
@@ -55,4 +61,5 @@ __all__ = [
     "smoothing_column",
     "spline_sums",
     "total",
+    "unit_squares",
 ]

@@ -14,6 +14,7 @@
 #endif
 
 enum { RUNNING, DONE, MAX_ITER, STAGNATED, INDEFINITE, NOT_FINITE };
+enum { COLD, WARM, CONTINUED }; /* how a Newton run begins */
 
 static int thread_number(void) {
 #ifdef _OPENMP
@@ -75,6 +76,7 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #include "convolutions.h"
 #include "stencils.h"
 #include "total_variation.h"
+#include "newton.h"
 #include "potentials.h"
 #include "filters.h"
 #include "sparse_features.h"
@@ -88,6 +90,7 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #include "convolutions.h"
 #include "stencils.h"
 #include "total_variation.h"
+#include "newton.h"
 #include "potentials.h"
 #include "filters.h"
 #include "sparse_features.h"

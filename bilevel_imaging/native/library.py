@@ -24,6 +24,7 @@ SOURCES = (
     "stencils.h",
     "updates.h",
     "total_variation.h",
+    "newton.h",
     "potentials.h",
     "filters.h",
     "sparse_features.h",

@@ -81,7 +81,7 @@ static void NAME(vertical)(const NAME(Stencil) *s, const REAL *p, int64_t row, R
 static NAME(Stencil) NAME(sample)(const NAME(Stencil) *s, int64_t i) {
     NAME(Stencil) one = *s;
     const int64_t at = i * s->rows * s->width;
-    one.a += at, one.b += at, one.c += at;
+    if (one.a) one.a += at, one.b += at, one.c += at;
     if (one.diagonal) one.diagonal += at;
     if (one.convolution.filters)
         one.convolution.filters += i * (s->rows / s->height) * s->convolution.terms * 2 * s->convolution.taps;

@@ -42,8 +42,40 @@ void NAME(tv_linearize)(
     }
 }
 
-/* Stencil of weight D^T (I - (u n^T + n u^T) / 2) D / s; components of n and u are `apart_n` and `apart_u` numbers apart,
-   u's samples `sample_u`. */
+/* Stencil of weight D^T (I - (u n^T + n u^T) / 2) D / s at `size` pixels; a, b, c may be any of n0, n1, inverse. */
+static void NAME(tv_model)(
+    const REAL *n0, const REAL *n1, const REAL *u0, const REAL *u1, const REAL *inverse, REAL weight, REAL *a, REAL *b,
+    REAL *c, int64_t size
+) {
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) {
+        const REAL scale = weight * inverse[j], x = n0[j], y = n1[j];
+        a[j] = scale * (1 - u0[j] * x);
+        b[j] = -scale * (REAL)0.5 * (u0[j] * y + u1[j] * x);
+        c[j] = scale * (1 - u1[j] * y);
+    }
+}
+
+/* The dual field v of a row after a step t along d: (1 - t) u + t (n + (Dd - u <n, Dd>) / s), scaled back where longer
+   than 1; `below` is the next row of d, or the same at the end of a plane. v may be u. */
+static void NAME(dual_row)(
+    const REAL *here, const REAL *below, REAL t, const REAL *n0, const REAL *n1, const REAL *u0, const REAL *u1,
+    const REAL *inverse, REAL *v0, REAL *v1, int64_t width
+) {
+#pragma omp simd
+    for (int64_t j = 0; j < width; j++) {
+        const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
+        const REAL along = n0[j] * dx + n1[j] * dy;
+        const REAL w0 = u0[j] + t * (n0[j] + (dx - u0[j] * along) * inverse[j] - u0[j]);
+        const REAL w1 = u1[j] + t * (n1[j] + (dy - u1[j] * along) * inverse[j] - u1[j]);
+        const REAL length = SQRT(w0 * w0 + w1 * w1), scale = 1 / (length > 1 ? length : 1);
+        v0[j] = w0 * scale;
+        v1[j] = w1 * scale;
+    }
+}
+
+/* The stencil for `count` images; components of n and u are `apart_n` and `apart_u` numbers apart, u's samples
+   `sample_u`. */
 void NAME(tv_field)(
     const REAL *unit, int64_t apart_n, const REAL *dual, int64_t apart_u, int64_t sample_u, const REAL *reciprocal,
     REAL weight, REAL *a, REAL *b, REAL *c, int64_t count, int64_t size, int threads
@@ -51,19 +83,13 @@ void NAME(tv_field)(
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < count; i++) {
         const int64_t at = i * size;
-        const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart_n + at, *restrict inverse = reciprocal + at;
-        const REAL *restrict u0 = dual + i * sample_u, *restrict u1 = u0 + apart_u;
-        REAL *restrict ai = a + at, *restrict bi = b + at, *restrict ci = c + at;
-        for (int64_t j = 0; j < size; j++) {
-            const REAL scale = weight * inverse[j];
-            ai[j] = scale * (1 - u0[j] * n0[j]);
-            bi[j] = -scale * (REAL)0.5 * (u0[j] * n1[j] + u1[j] * n0[j]);
-            ci[j] = scale * (1 - u1[j] * n1[j]);
-        }
+        const REAL *n0 = unit + at, *u0 = dual + i * sample_u;
+        NAME(tv_model)(
+            n0, n0 + apart_n, u0, u0 + apart_u, reciprocal + at, weight, a + at, b + at, c + at, size);
     }
 }
 
-/* The dual field after a step t along d: (1 - t) u + t (n + (Dd - u <n, Dd>) / s), scaled back where longer than 1. */
+/* The dual fields of `count` images after steps along d. */
 void NAME(tv_advance_dual)(
     const REAL *d, const REAL *steps, const REAL *unit, int64_t apart_n, const REAL *dual, int64_t apart_u,
     int64_t sample_u, const REAL *reciprocal, REAL *out, int64_t count, int64_t rows, int64_t height, int64_t width,
@@ -72,23 +98,14 @@ void NAME(tv_advance_dual)(
     const int64_t size = rows * width;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < count; i++) {
-        const REAL t = steps[i];
         for (int64_t row = 0; row < rows; row++) {
             const int64_t at = i * size + row * width;
-            const int64_t down = row % height < height - 1 ? width : 0;
-            const REAL *restrict here = d + at, *restrict below = d + at + down, *restrict inverse = reciprocal + at;
-            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart_n + at;
-            const REAL *restrict u0 = dual + i * sample_u + row * width, *restrict u1 = u0 + apart_u;
-            REAL *restrict v0 = out + 2 * i * size + row * width, *restrict v1 = v0 + size;
-            for (int64_t j = 0; j < width; j++) {
-                const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
-                const REAL along = n0[j] * dx + n1[j] * dy;
-                const REAL w0 = u0[j] + t * (n0[j] + (dx - u0[j] * along) * inverse[j] - u0[j]);
-                const REAL w1 = u1[j] + t * (n1[j] + (dy - u1[j] * along) * inverse[j] - u1[j]);
-                const REAL length = SQRT(w0 * w0 + w1 * w1), scale = 1 / (length > 1 ? length : 1);
-                v0[j] = w0 * scale;
-                v1[j] = w1 * scale;
-            }
+            const REAL *here = d + at, *below = row % height < height - 1 ? here + width : here;
+            const REAL *u0 = dual + i * sample_u + row * width;
+            REAL *v0 = out + 2 * i * size + row * width;
+            NAME(dual_row)(
+                here, below, steps[i], unit + at, unit + apart_n + at, u0, u0 + apart_u, reciprocal + at, v0, v0 + size,
+                width);
         }
     }
 }
@@ -365,4 +382,36 @@ void NAME(tv_gradient)(
         }
         free(work);
     }
+}
+
+/* square / (square + floor), also where that overflows. */
+static inline REAL NAME(fraction)(REAL square, REAL floor) {
+    const REAL whole = square + floor;
+    return whole < INFINITY ? square / whole : 1;
+}
+
+/* Sums of |n|^2 over the pixels of each image. */
+void NAME(tv_unit_squares)(
+    const REAL *x, REAL smoothing, double *squares, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+) {
+    const int64_t blocks_each = blocks_of_each(count, threads), blocks = count * blocks_each;
+    const REAL floor = smoothing * smoothing;
+    double *sums = malloc(count * rows * sizeof(double));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t i = block / blocks_each, part = block % blocks_each;
+        for (int64_t row = rows * part / blocks_each; row < rows * (part + 1) / blocks_each; row++) {
+            const REAL *here = x + (i * rows + row) * width;
+            const REAL *below = row % height < height - 1 ? here + width : here;
+            REAL total = 0;
+            for (int64_t j = 0; j < width - 1; j++) {
+                const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
+                total += NAME(fraction)(dx * dx + dy * dy, floor);
+            }
+            const REAL dy = below[width - 1] - here[width - 1];
+            sums[i * rows + row] = total + NAME(fraction)(dy * dy, floor);
+        }
+    }
+    for (int64_t i = 0; i < count; i++) squares[i] = sum(sums + i * rows, rows);
+    free(sums);
 }

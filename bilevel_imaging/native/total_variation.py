@@ -41,6 +41,17 @@ def gradient(x: Tensor, weight: float, smoothing: float) -> Tensor:
     return grad
 
 
+def unit_squares(x: Tensor, smoothing: float) -> Tensor:
+    """||n||^2 of the unit field n = Dx / s at x ``(B, C, H, W)``, float64 ``(B,)``."""
+    x = x.contiguous()
+    batch, channels, height, width = x.shape
+    squares = torch.empty(batch, dtype=torch.float64)
+    kernel = function("tv_unit_squares", x.dtype)
+    sizes = integers(batch, channels * height, height, width)
+    kernel(pointer(x), *reals(x.dtype, smoothing), pointer(squares), *sizes, threads())
+    return squares
+
+
 def model_field(unit: Tensor, dual: Tensor, reciprocal: Tensor, weight: float) -> Tensor:
     """M = weight (I - (u n^T + n u^T) / 2) / s as ``Stencil.field``, for fields n = ``unit`` and u = ``dual``,
     ``(2, B, C, H, W)``, that are 0 where Dx is."""

@@ -47,6 +47,35 @@ void NAME(inner)(const REAL *u, const REAL *v, double *products, int64_t count, 
     free(sums);
 }
 
+static REAL NAME(most)(const REAL *v, int64_t n) {
+    REAL most = 0;
+    int64_t bad = 0;
+#pragma omp simd reduction(max : most) reduction(+ : bad)
+    for (int64_t j = 0; j < n; j++) {
+        const REAL value = v[j] < 0 ? -v[j] : v[j];
+        most = value > most ? value : most;
+        bad += value != value;
+    }
+    return bad ? NAN : most;
+}
+
+/* Largest |v| of `count` samples of `size` numbers; NaN if there is one. */
+void NAME(largest)(const REAL *v, REAL *sizes, int64_t count, int64_t size, int threads) {
+    const int64_t blocks = (size + BLOCK - 1) / BLOCK;
+    REAL *found = malloc(count * blocks * sizeof(REAL));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    IN_BLOCKS({
+        (void)sample;
+        found[block] = NAME(most)(v + from, n);
+    })
+    for (int64_t i = 0; i < count; i++) {
+        REAL most = 0;
+        for (int64_t k = i * blocks; k < (i + 1) * blocks; k++) most = found[k] > most || isnan(found[k]) ? found[k] : most;
+        sizes[i] = most;
+    }
+    free(found);
+}
+
 /* One conjugate gradient update of `count` samples of `size` numbers, whatever the operator: q += alpha p,
    r -= alpha z, p = r + (||r||^2 / rz) p. `squares` receives ||r||^2. A sample whose alpha is NaN is left alone. */
 void NAME(advance)(

@@ -1,4 +1,4 @@
-"""Inner products and the vector updates of conjugate gradients, for any operator."""
+"""Inner products, largest entries, and the vector updates of conjugate gradients, for any operator."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def inner(u: Tensor, v: Tensor) -> Tensor:
     kernel = function("inner", u.dtype)
     kernel(pointer(u), pointer(v), pointer(products), *_sizes(u), threads())
     return products
+
+
+def largest(v: Tensor) -> Tensor:
+    """max |v_i| for contiguous v ``(B, *image)``, ``(B,)``; NaN where there is one."""
+    sizes = v.new_empty(len(v))
+    function("largest", v.dtype)(pointer(v), pointer(sizes), *_sizes(v), threads())
+    return sizes
 
 
 def advance(q: Tensor, r: Tensor, p: Tensor, product: Tensor, step: Tensor, rz: Tensor) -> Tensor:

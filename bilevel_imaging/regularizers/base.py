@@ -9,6 +9,7 @@ import deepinv
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging import native
 from bilevel_imaging.derivatives import Constants, Linearization
 
 
@@ -77,6 +78,10 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
     def linearize(self, x: Tensor) -> Linearization:
         """Derivatives frozen at x, ``(B, C, H, W)``."""
         return AutogradLinearization(self, x)
+
+    def descent(self, quadratic: native.Quadratic) -> native.Descent | None:
+        """Newton's method in compiled code for a quadratic data term with this; ``None`` where there is none."""
+        return None
 
     def hvp(self, x: Tensor, v: Tensor) -> Tensor:
         """Hessian-vector products of every sample, ``(B, C, H, W)``."""

@@ -17,7 +17,6 @@ from bilevel_imaging.regularizers.differences import (
     squared_operator_norm,
 )
 from bilevel_imaging.regularizers.total_variation_linearization import TotalVariationLinearization
-from bilevel_imaging.tensors import norm
 
 # phi(t) = sqrt(t^2 + nu^2): sup |phi'''| = M3 / nu^2 (at nu/2)
 M3 = 48 / (25 * math.sqrt(5))
@@ -99,6 +98,12 @@ class TotalVariation(Regularizer):
         with torch.no_grad():
             return TotalVariationLinearization(self, x.detach())
 
+    def descent(self, quadratic: native.Quadratic) -> native.Descent | None:
+        if not self.is_plain:
+            return None
+        weight, smoothing = self._parameters_like(quadratic.b)
+        return native.Descent(quadratic, float(weight), float(smoothing))
+
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         weight, smoothing = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
         norm2 = squared_operator_norm(shape[-2], shape[-1])
@@ -130,9 +135,7 @@ class TotalVariation(Regularizer):
         with torch.no_grad():
             weight, smoothing = self._parameters_like(x)
             if self.is_plain and native.serves(x):
-                unit, _, _ = native.linearize(x, float(weight), float(smoothing))
-                square = sum(norm(component).double().square() for component in unit)
-                return weight.double() * math.sqrt(8) * square.sqrt()
+                return math.sqrt(8) * weight.double() * native.unit_squares(x, float(smoothing)).sqrt()
             z = forward_differences(x.detach())
             n = z / (self._group(z * z) + smoothing * smoothing).sqrt()
             size = n.transpose(0, 1).double().flatten(1).norm(dim=1)
