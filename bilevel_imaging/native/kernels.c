@@ -50,28 +50,22 @@ static double sum(const double *values, int64_t n) {
     return total;
 }
 
-/* values = factor / sqrt(values). A division and a root of a vector take longer than reading it from memory; an estimate
-   and one Newton step give the same to two units of the last place. */
-static void inverse_roots_float32(float *restrict values, float factor, int64_t n) {
-    int64_t j = 0;
-#ifdef __AVX512F__
-    const __m512 half = _mm512_set1_ps(0.5f), three_halves = _mm512_set1_ps(1.5f), scale = _mm512_set1_ps(factor);
-    for (; j + 16 <= n; j += 16) {
-        const __m512 v = _mm512_loadu_ps(values + j), r = _mm512_rsqrt14_ps(v);
-        const __m512 step = _mm512_fnmadd_ps(_mm512_mul_ps(half, v), _mm512_mul_ps(r, r), three_halves);
-        _mm512_storeu_ps(values + j, _mm512_mul_ps(scale, _mm512_mul_ps(r, step)));
-    }
+/* Two vectors' numbers, numbered one after the other, in another order. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (INDICES){__VA_ARGS__})
 #endif
-    for (; j < n; j++) values[j] = factor / sqrtf(values[j]);
-}
-
-static void inverse_roots_float64(double *restrict values, double factor, int64_t n) {
-    for (int64_t j = 0; j < n; j++) values[j] = factor / sqrt(values[j]);
-}
+typedef int32_t indices_float32 __attribute__((vector_size(64)));
+typedef int64_t indices_float64 __attribute__((vector_size(64)));
 
 #define REAL float
 #define NAME(f) f##_float32
 #define SQRT sqrtf
+#define INDICES indices_float32
+#define MOVED_UP(before, here) \
+    ((NAME(Vector))SHUFFLE(before, here, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30))
+#define MOVED_DOWN(here) ((NAME(Vector))SHUFFLE(here, here, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15))
 #include "updates.h"
 #include "convolutions.h"
 #include "stencils.h"
@@ -83,9 +77,16 @@ static void inverse_roots_float64(double *restrict values, double factor, int64_
 #undef REAL
 #undef NAME
 #undef SQRT
+#undef INDICES
+#undef MOVED_UP
+#undef MOVED_DOWN
 #define REAL double
 #define NAME(f) f##_float64
 #define SQRT sqrt
+#define INDICES indices_float64
+#define MOVED_UP(before, here) \
+    ((NAME(Vector))SHUFFLE(before, here, 7, 8, 9, 10, 11, 12, 13, 14))
+#define MOVED_DOWN(here) ((NAME(Vector))SHUFFLE(here, here, 1, 2, 3, 4, 5, 6, 7, 7))
 #include "updates.h"
 #include "convolutions.h"
 #include "stencils.h"

@@ -39,7 +39,7 @@ typedef struct {
 typedef struct {
     int64_t from, to;
     int thread, team;
-    REAL *work; /* scratch of the stencil's products, and 2 * width more */
+    REAL *work; /* scratch of the stencil's products, and two rows */
 } NAME(Part);
 
 static double NAME(dot)(const REAL *u, const REAL *v, int64_t n) {
@@ -49,26 +49,9 @@ static double NAME(dot)(const REAL *u, const REAL *v, int64_t n) {
     return total;
 }
 
-/* The unit field and 1 / s of a row; `below` is the next row, or the same at the end of a plane. */
-static void NAME(unit_row)(
-    const REAL *here, const REAL *below, REAL smoothing, REAL *restrict n0, REAL *restrict n1, REAL *restrict inverse,
-    int64_t width
-) {
-    const REAL floor = smoothing * smoothing;
-    for (int64_t j = 0; j < width - 1; j++) {
-        n0[j] = here[j + 1] - here[j];
-        n1[j] = below[j] - here[j];
-        inverse[j] = n0[j] * n0[j] + n1[j] * n1[j] + floor;
-    }
-    const int64_t j = width - 1;
-    n0[j] = 0;
-    n1[j] = below[j] - here[j];
-    inverse[j] = n1[j] * n1[j] + floor;
-    NAME(inverse_roots)(inverse, 1, width);
-    for (int64_t k = 0; k < width; k++) {
-        n0[k] *= inverse[k];
-        n1[k] *= inverse[k];
-    }
+/* Row `row` of x + t d. */
+static void NAME(along_row)(REAL *restrict to, const REAL *x, const REAL *d, REAL t, int64_t row, int64_t w) {
+    for (int64_t j = row * w; j < (row + 1) * w; j++) to[j] = x[j] + t * d[j];
 }
 
 /* Everything at `to->x` = x + t d (x itself without d), with sums of its rows: squares of the gradient, its slopes along
@@ -81,43 +64,35 @@ static void NAME(evaluate)(
     const int64_t w = s->width, h = s->height;
     int64_t made = d ? part->from : part->to; /* rows of the point */
     if (part->team > 1 || s->convolution.filters) { /* other rows are needed than the next one */
-        for (; made < part->to; made++)
-            for (int64_t j = made * w; j < (made + 1) * w; j++) to->x[j] = x[j] + t * d[j];
+        for (; made < part->to; made++) NAME(along_row)(to->x, x, d, t, made, w);
         wait_for_team(part->team);
     }
-    REAL *spare = part->work + 4 * w + 1 + s->convolution.taps, *above = spare + w;
-    const int64_t first = part->from < part->to && part->from % h > 0 ? part->from - 1 : part->from;
-    for (int64_t row = first; row < part->to; row++) {
-        const int64_t at = row * w, last = row % h == h - 1;
-        for (; made < part->to && made <= row + 1; made++)
-            for (int64_t j = made * w; j < (made + 1) * w; j++) to->x[j] = x[j] + t * d[j];
-        const REAL *restrict here = to->x + at;
-        if (row < part->from) { /* another thread's */
-            NAME(unit_row)(here, here + w, e->smoothing, part->work, above, spare, w);
-            continue;
-        }
-        REAL *n0 = to->n0 + at, *n1 = to->n1 + at;
-        NAME(unit_row)(here, last ? here : here + w, e->smoothing, n0, n1, to->inverse + at, w);
-        REAL *restrict out = to->grad + at;
-        const REAL *restrict b = e->b + at;
-        for (int64_t j = 0; j < w; j++) out[j] = s->constant * here[j] - b[j];
-        if (s->convolution.filters) NAME(row_convolution)(&s->convolution, to->x, row, h, w, out, part->work);
-        double value = 0, roots = 0;
-        const REAL *restrict inverse = to->inverse + at;
-#pragma omp simd reduction(+ : value, roots)
+    REAL *line = part->work, *above = line + 2 * w + s->convolution.taps, *linear = above + w;
+    if (d && made < part->to) NAME(along_row)(to->x, x, d, t, made++, w);
+    if (part->from < part->to) NAME(variation_above)(to->x, part->from, e->smoothing, above, line, h, w);
+    for (int64_t row = part->from; row < part->to; row++) {
+        const int64_t at = row * w;
+        if (d && made < part->to) NAME(along_row)(to->x, x, d, t, made++, w);
+        const REAL *here = to->x + at, *below = row % h == h - 1 ? here : here + w, *b = e->b + at;
+        REAL *out = to->grad + at, *inverse = to->inverse + at;
+        if (row % h == 0) memset(above, 0, w * sizeof(REAL));
+        NAME(variation_row)(here, below, e->weight, e->smoothing, to->n0 + at, to->n1 + at, inverse, above, out, w);
+        for (int64_t j = 0; j < w; j++) linear[j] = s->constant * here[j] - b[j]; /* gradient of the data term */
+        if (s->convolution.filters) NAME(row_convolution)(&s->convolution, to->x, row, h, w, linear, line);
+        double value = 0, roots = 0, square = 0, slope = 0; /* so that squares of tiny numbers do not underflow */
+        const REAL *along = d ? d + at : out;
+#pragma omp simd reduction(+ : value, roots, square, slope)
         for (int64_t j = 0; j < w; j++) {
-            value += (double)here[j] * (out[j] - b[j]);
+            value += (double)here[j] * (linear[j] - b[j]);
             roots += (double)(1 / inverse[j]);
+            const REAL total = out[j] + linear[j];
+            out[j] = total;
+            square += (double)total * total;
+            slope += (double)total * along[j];
         }
         shared->values[row] = value / 2 + e->weight * roots;
-        const REAL *restrict up = row % h == 0 ? NULL : row == part->from ? above : n1 - w;
-        if (up)
-            for (int64_t j = 0; j < w; j++) out[j] += e->weight * (up[j] - n1[j] - n0[j]);
-        else
-            for (int64_t j = 0; j < w; j++) out[j] -= e->weight * (n1[j] + n0[j]);
-        for (int64_t j = 1; j < w; j++) out[j] += e->weight * n0[j - 1];
-        shared->squares[row] = NAME(dot)(out, out, w);
-        if (d) shared->slopes[row] = NAME(dot)(out, d + at, w);
+        shared->squares[row] = square;
+        shared->slopes[row] = slope;
     }
     wait_for_team(part->team);
 }
@@ -279,7 +254,7 @@ void NAME(descend)(
     int64_t rows, int64_t height, int64_t width, int64_t max_iter, int64_t max_inner, int threads
 ) {
     const NAME(Stencil) field = {NULL, NULL, NULL, NULL, constant, {filters, terms, taps}, rows, height, width};
-    const int64_t n = rows * width, lines = 6 * width + 1 + taps;
+    const int64_t n = rows * width, lines = 4 * width + taps;
     const int team = count >= threads ? 1 : threads;
     const int outside = team == 1 ? threads : 1;
     NAME(Descent) *all = progress;

@@ -14,67 +14,67 @@ typedef struct {
 
 /* Scratch for the products of one thread: `above` and what follows it. */
 static REAL *NAME(scratch)(int64_t width, int64_t taps) {
-    return malloc((4 * width + 1 + taps) * sizeof(REAL));
+    return malloc((2 * width + taps) * sizeof(REAL));
 }
 
 /* Row `row` of the stencil's product with p, into z; returns <p, z> on it. `above` holds the vertical part of the row
-   above and is replaced by that of this row; `right` is scratch of 2 * width + 1 + taps. */
+   above and is replaced by that of this row; `line` is scratch of width + taps. */
 static REAL NAME(row_product)(
-    const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict z, REAL *restrict above, REAL *restrict right
+    const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict z, REAL *restrict above, REAL *restrict line
 ) {
     const int64_t w = s->width, at = row * w;
-    const REAL *restrict a = s->a + at, *restrict b = s->b + at, *restrict c = s->c + at, *restrict here = p + at;
-    REAL *restrict out = z + at;
-    const int last = row % s->height == s->height - 1, first = row % s->height == 0;
-    right[0] = 0; /* right[j + 1] belongs to pixel j */
-    REAL total = 0;
-    if (first) memset(above, 0, w * sizeof(REAL));
-    if (last) {
-        for (int64_t j = 0; j < w - 1; j++) right[j + 1] = a[j] * (here[j + 1] - here[j]);
-        right[w] = 0;
-        for (int64_t j = 0; j < w; j++) {
-            out[j] = right[j] - right[j + 1] + above[j];
-            above[j] = 0;
+    const REAL *a = s->a + at, *b = s->b + at, *c = s->c + at, *here = p + at;
+    const REAL *below = row % s->height == s->height - 1 ? here : here + w;
+    const REAL *d = s->diagonal ? s->diagonal + at : NULL;
+    const int convolved = s->convolution.filters != NULL;
+    const REAL constant = s->constant;
+    REAL *out = z + at;
+    if (row % s->height == 0) memset(above, 0, w * sizeof(REAL));
+    NAME(Vector) left = {0}, sums = {0};
+    int64_t j = 0;
+    for (; j + LANES <= w; j += LANES) {
+        const NAME(Vector) v = NAME(load)(here + j), dy = NAME(load)(below + j) - v;
+        const NAME(Vector) dx = (j + LANES < w ? NAME(load)(here + j + 1) : MOVED_DOWN(v)) - v;
+        const NAME(Vector) mixed = NAME(load)(b + j), across = mixed * dx + NAME(load)(c + j) * dy;
+        const NAME(Vector) right = NAME(load)(a + j) * dx + mixed * dy;
+        NAME(Vector) sum = NAME(load)(above + j) - across + MOVED_UP(left, right) - right;
+        NAME(store)(above + j, across);
+        left = right;
+        if (!convolved) {
+            if (d) sum += NAME(load)(d + j) * v;
+            else sum += constant * v;
+            sums += v * sum;
         }
-    } else {
-        const REAL *restrict below = here + w;
-        for (int64_t j = 0; j < w - 1; j++) {
-            const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
-            const REAL across = b[j] * dx + c[j] * dy;
-            right[j + 1] = a[j] * dx + b[j] * dy;
-            out[j] = above[j] - across;
-            above[j] = across;
-        }
-        const REAL edge = c[w - 1] * (below[w - 1] - here[w - 1]);
-        right[w] = 0;
-        out[w - 1] = above[w - 1] - edge;
-        above[w - 1] = edge;
-        for (int64_t j = 0; j < w; j++) out[j] += right[j] - right[j + 1];
+        NAME(store)(out + j, sum);
     }
-    if (s->convolution.filters)
-        NAME(row_convolution)(&s->convolution, p, row, s->height, w, out, right + w + 1);
-    if (s->diagonal) {
-        const REAL *restrict d = s->diagonal + at;
-        for (int64_t j = 0; j < w; j++) {
-            out[j] += d[j] * here[j];
+    REAL total = 0, before = left[LANES - 1];
+    for (int64_t k = 0; k < LANES; k++) total += sums[k];
+    for (; j < w; j++) {
+        const REAL dx = j < w - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
+        const REAL across = b[j] * dx + c[j] * dy, right = a[j] * dx + b[j] * dy;
+        out[j] = above[j] - across + before - right;
+        above[j] = across;
+        before = right;
+        if (!convolved) {
+            out[j] += (d ? d[j] : constant) * here[j];
             total += here[j] * out[j];
         }
-    } else {
-        const REAL d = s->constant;
-        for (int64_t j = 0; j < w; j++) {
-            out[j] += d * here[j];
-            total += here[j] * out[j];
-        }
+    }
+    if (!convolved) return total;
+    NAME(row_convolution)(&s->convolution, p, row, s->height, w, out, line);
+    for (j = 0; j < w; j++) {
+        out[j] += (d ? d[j] : constant) * here[j];
+        total += here[j] * out[j];
     }
     return total;
 }
 
 /* The vertical part of row `row` alone, into `above`, by the same code: the same bits whoever computes it. `work` is
-   scratch of 2 * width + 1. */
+   scratch of width. */
 static void NAME(vertical)(const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *above, REAL *work) {
     NAME(Stencil) local = *s;
     local.convolution.filters = NULL;
-    NAME(row_product)(&local, p, row, work - row * s->width, above, work + s->width);
+    NAME(row_product)(&local, p, row, work - row * s->width, above, NULL);
 }
 
 /* That of sample `i`, of those that start at `s`; every sample of a field takes rows * width numbers. */

@@ -1,45 +1,86 @@
 /* Included by kernels.c for each type: smoothed isotropic total variation, channel by channel. */
 
-/* Smoothed total variation at x, rows of a plane in order: unit field n = Dx / s in two components `apart` numbers from
-   each other, 1 / s, and the gradient weight D^T n. */
+/* Row of smoothed total variation at x: unit field n = Dx / s and 1 / s where n0 is not NULL, and `weight` D^T n, into
+   `out`. `below` is the next row of x, or the same at the end of a plane; `above` holds the vertical part of the row
+   above, 0 at the start of a plane, and is replaced by that of this row. */
+static inline void NAME(variation_row)(
+    const REAL *here, const REAL *below, REAL weight, REAL smoothing, REAL *n0, REAL *n1, REAL *inverse,
+    REAL *restrict above, REAL *restrict out, int64_t width
+) {
+    const REAL floor = smoothing * smoothing;
+    NAME(Vector) left = {0};
+    int64_t j = 0;
+    for (; j + LANES <= width; j += LANES) {
+        const NAME(Vector) v = NAME(load)(here + j), dy = NAME(load)(below + j) - v;
+        const NAME(Vector) dx = (j + LANES < width ? NAME(load)(here + j + 1) : MOVED_DOWN(v)) - v;
+        const NAME(Vector) one = NAME(inverse_root)(dx * dx + (dy * dy + floor)), x = dx * one, y = dy * one;
+        if (n0) {
+            NAME(store)(n0 + j, x);
+            NAME(store)(n1 + j, y);
+            NAME(store)(inverse + j, one);
+        }
+        NAME(store)(out + j, weight * ((NAME(load)(above + j) - y) + (MOVED_UP(left, x) - x)));
+        NAME(store)(above + j, y);
+        left = x;
+    }
+    REAL before = left[LANES - 1];
+    for (; j < width; j++) {
+        const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
+        const REAL one = 1 / SQRT(dx * dx + (dy * dy + floor)), x = dx * one, y = dy * one;
+        if (n0) n0[j] = x, n1[j] = y, inverse[j] = one;
+        out[j] = weight * ((above[j] - y) + (before - x));
+        above[j] = y;
+        before = x;
+    }
+}
+
+/* The vertical part of the row before row `row`, into `above`: 0 at the start of a plane. `line` is scratch. */
+static void NAME(variation_above)(
+    const REAL *x, int64_t row, REAL smoothing, REAL *above, REAL *line, int64_t height, int64_t width
+) {
+    memset(above, 0, width * sizeof(REAL));
+    const REAL *here = x + (row - 1) * width;
+    if (row % height > 0) NAME(variation_row)(here, here + width, 1, smoothing, NULL, NULL, NULL, above, line, width);
+}
+
+/* All rows of `planes`, and the fields of those where `unit` is not NULL: n in two components `apart` numbers from each
+   other. */
+static void NAME(variation)(
+    const REAL *x, REAL weight, REAL smoothing, REAL *unit, int64_t apart, REAL *reciprocal, REAL *grad, int64_t planes,
+    int64_t height, int64_t width, int threads
+) {
+    const int64_t blocks_each = blocks_of_each(planes, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < planes * blocks_each; block++) {
+        const int64_t first = (block / blocks_each) * height, part = block % blocks_each;
+        const int64_t from = first + height * part / blocks_each, to = first + height * (part + 1) / blocks_each;
+        REAL *above = malloc(2 * width * sizeof(REAL));
+        if (from < to) NAME(variation_above)(x, from, smoothing, above, above + width, height, width);
+        for (int64_t row = from; row < to; row++) {
+            const int64_t at = row * width;
+            const REAL *here = x + at, *below = row % height < height - 1 ? here + width : here;
+            if (unit)
+                NAME(variation_row)(
+                    here, below, weight, smoothing, unit + at, unit + apart + at, reciprocal + at, above, grad + at, width);
+            else NAME(variation_row)(here, below, weight, smoothing, NULL, NULL, NULL, above, grad + at, width);
+        }
+        free(above);
+    }
+}
+
+/* Unit field, 1 / s, and gradient at x. */
 void NAME(tv_linearize)(
     const REAL *x, REAL weight, REAL smoothing, REAL *unit, int64_t apart, REAL *reciprocal, REAL *grad, int64_t planes,
     int64_t height, int64_t width, int threads
 ) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t plane = 0; plane < planes; plane++) {
-        const REAL floor = smoothing * smoothing;
-        for (int64_t row = 0; row < height; row++) {
-            const int64_t at = (plane * height + row) * width;
-            const int64_t down = row < height - 1 ? width : 0;
-            const REAL *restrict here = x + at, *restrict below = x + at + down;
-            REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
-            for (int64_t j = 0; j < width - 1; j++) {
-                const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
-                const REAL one = 1 / SQRT(dx * dx + dy * dy + floor);
-                inverse[j] = one;
-                n0[j] = dx * one;
-                n1[j] = dy * one;
-            }
-            const int64_t j = width - 1;
-            const REAL dy = below[j] - here[j], one = 1 / SQRT(dy * dy + floor);
-            inverse[j] = one;
-            n0[j] = 0;
-            n1[j] = dy * one;
-        }
-        for (int64_t row = 0; row < height; row++) {
-            const int64_t at = (plane * height + row) * width;
-            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at;
-            const REAL *restrict above = row > 0 ? n1 - width : NULL;
-            REAL *restrict out = grad + at;
-            if (above)
-                for (int64_t j = 0; j < width; j++) out[j] = above[j] - n1[j] - n0[j];
-            else
-                for (int64_t j = 0; j < width; j++) out[j] = -n1[j] - n0[j];
-            for (int64_t j = 1; j < width; j++) out[j] += n0[j - 1];
-            for (int64_t j = 0; j < width; j++) out[j] *= weight;
-        }
-    }
+    NAME(variation)(x, weight, smoothing, unit, apart, reciprocal, grad, planes, height, width, threads);
+}
+
+/* The gradient alone. */
+void NAME(tv_gradient)(
+    const REAL *x, REAL weight, REAL smoothing, REAL *grad, int64_t planes, int64_t height, int64_t width, int threads
+) {
+    NAME(variation)(x, weight, smoothing, NULL, 0, NULL, grad, planes, height, width, threads);
 }
 
 /* Stencil of weight D^T (I - (u n^T + n u^T) / 2) D / s at `size` pixels; a, b, c may be any of n0, n1, inverse. */
@@ -342,44 +383,6 @@ void NAME(tv_smoothing_column)(
         }
         weight_energy[i] = first / nu2;
         smoothing_energy[i] = second * nu2;
-        free(work);
-    }
-}
-
-/* The gradient weight D^T n alone, n = Dx / s: one pass over x. */
-void NAME(tv_gradient)(
-    const REAL *x, REAL weight, REAL smoothing, REAL *grad, int64_t planes, int64_t height, int64_t width, int threads
-) {
-    const int64_t blocks_each = blocks_of_each(planes, threads);
-    const REAL floor = smoothing * smoothing;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t block = 0; block < planes * blocks_each; block++) {
-        const int64_t plane = block / blocks_each, part = block % blocks_each;
-        const int64_t from = height * part / blocks_each, to = height * (part + 1) / blocks_each;
-        REAL *work = calloc(4 * width + 1, sizeof(REAL));
-        REAL *restrict right = work, *restrict root = work + width + 1; /* right[j + 1] belongs to pixel j */
-        for (int64_t row = from > 0 ? from - 1 : 0; row < to; row++) { /* the row above the block for its differences */
-            const int64_t at = (plane * height + row) * width;
-            const REAL *restrict here = x + at, *restrict below = here + (row < height - 1 ? width : 0);
-            REAL *restrict down = root + (1 + (row & 1)) * width, *restrict above = root + (2 - (row & 1)) * width;
-            REAL *restrict out = grad + at;
-            for (int64_t j = 0; j < width - 1; j++) {
-                const REAL dx = here[j + 1] - here[j], dy = below[j] - here[j];
-                right[j + 1] = dx;
-                down[j] = dy;
-                root[j] = dx * dx + dy * dy + floor;
-            }
-            down[width - 1] = below[width - 1] - here[width - 1];
-            root[width - 1] = down[width - 1] * down[width - 1] + floor;
-            right[width] = 0;
-            NAME(inverse_roots)(root, weight, width);
-            for (int64_t j = 0; j < width; j++) {
-                right[j + 1] *= root[j];
-                down[j] *= root[j];
-            }
-            if (row >= from)
-                for (int64_t j = 0; j < width; j++) out[j] = above[j] - down[j] + right[j] - right[j + 1];
-        }
         free(work);
     }
 }

@@ -125,7 +125,7 @@ class RidgeRegularizer(Regularizer):
 
     def kernels(self) -> Tensor:
         """The filters w_k, of mean 0 and norm 1, ``(K, C, s, s)`` float64; differentiable in the parameters."""
-        return normalize(compose(list(self.filter_layers)))
+        return normalize(compose([layer.double() for layer in self.filter_layers]))
 
     def filters(self) -> Tensor:
         """The filters w_k, ``(K, C, s, s)`` float64, to look at."""
@@ -189,7 +189,8 @@ class RidgeRegularizer(Regularizer):
             return RidgeLinearization(self, x.detach())
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
-        bank, profile = self.frozen(self.filter_layers[0].new_empty((1, self.channels, 1, 1)))
+        like = self.filter_layers[0].new_empty((1, self.channels, 1, 1), dtype=torch.float64)
+        bank, profile = self.frozen(like)
         batch = (shape[0],)
         smoothness = bank.squared_norm(profile.curvature_limit)
         lipschitz = bank.squared_norm(profile.third_limit * bank.row_norms())
@@ -217,12 +218,12 @@ class RidgeRegularizer(Regularizer):
     def kernel_sensitivity(self) -> float:
         """Bound of the norm of the derivative of the filters in the parameters behind them."""
         with torch.no_grad():
-            return jacobian_bound(list(self.filter_layers))
+            return jacobian_bound([layer.double() for layer in self.filter_layers])
 
     def pull_back(self, gradient: Tensor) -> dict[str, Tensor]:
         """From d/d filters ``(K, C, s, s)`` to d/d parameters, by name."""
         with torch.inference_mode(False), torch.enable_grad():
-            leaves = [layer.detach().requires_grad_(True) for layer in self.filter_layers]
+            leaves = [layer.detach().double().requires_grad_(True) for layer in self.filter_layers]
             # a clone, because what was made in inference mode can't be used here
             products = torch.autograd.grad(normalize(compose(leaves)), leaves, gradient.clone().to(leaves[0]))
         return {f"filter_layers.{n}": product for n, product in enumerate(products)}
