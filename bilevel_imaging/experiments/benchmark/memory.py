@@ -1,4 +1,4 @@
-"""Memory of this process: the peak of a call, by the kernel's high-water mark (Linux), and what is freed."""
+"""The peak memory of a call, by the kernel's high-water mark (Linux)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# of glibc's mallopt
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -27,22 +25,6 @@ def peak(call: Callable[[], Any]) -> float | None:
         return None
     call()
     return max(0.0, _kilobytes("VmHWM") - before) / 1024
-
-
-def keep_freed() -> bool:
-    """Let the C library keep memory that tensors no longer need, up to 2 GiB, for the next ones, from now on.
-
-    By default what a tensor of 32 MiB or more leaves goes back to the system at once, and so does much of what smaller
-    ones leave; each new tensor then begins with a page fault for every 4 KiB.
-
-    Returns:
-        whether the C library could be told (glibc).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(MMAP_THRESHOLD, 2**30) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
 
 
 def _kilobytes(name: str) -> float:

@@ -18,10 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 from bilevel_imaging.experiments.benchmark.data_parallel import STEPS
-from bilevel_imaging.experiments.benchmark.memory import keep_freed, peak
+from bilevel_imaging.experiments.benchmark.memory import peak
 from bilevel_imaging.experiments.benchmark.workloads import WORKLOADS, Task
 from bilevel_imaging.experiments.environment import environment
 from bilevel_imaging.hypergradients import Hypergradient, hypergradient
+from bilevel_imaging.native.memory import keep_freed
 from bilevel_imaging.upper_level import SquaredError
 
 TILE = 64
