@@ -88,8 +88,9 @@ class DataTerm(abc.ABC):
         """Eigenvalues of A^T A in the rfft2 basis, if it is a circular convolution."""
         return None
 
-    def backprojection(self) -> Tensor | None:
-        """A^T W y, ``(B, C, H, W)``, where it is at hand."""
+    def expanded(self) -> tuple[Tensor, Tensor] | None:
+        """b = A^T W y ``(B, C, H, W)`` and c = ||W^(1/2) y||^2 / 2 ``(B,)``, where they are at hand: this term is
+        1/2 <x, A^T W A x> - <b, x> + c."""
         return None
 
     def convolution(self) -> SeparableConvolution | None:
@@ -145,8 +146,8 @@ class IdentityTerm(DataTerm):
     def diagonal(self) -> Tensor:
         return self.y.new_ones(())
 
-    def backprojection(self) -> Tensor:
-        return self.y
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        return self.y, 0.5 * squared_norm(self.y)
 
 
 class MaskTerm(DataTerm):
@@ -266,8 +267,8 @@ class CirculantTerm(DataTerm):
     def spectrum(self) -> Tensor:
         return self.power
 
-    def backprojection(self) -> Tensor:
-        return self.aty
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        return self.aty, 0.5 * squared_norm(self.y)
 
     def convolution(self) -> SeparableConvolution | None:
         return self._gram

@@ -197,8 +197,8 @@ class VariationalProblem(LowerLevelProblem):
 
     def descent(self) -> Descent | None:
         data, diagonal, convolution = self.data, self.data.diagonal(), self.data.convolution()
-        b = None if diagonal is None and convolution is None or pays(data) else data.backprojection()
-        if b is None or not native.serves(b):
+        parts = None if diagonal is None and convolution is None or pays(data) else data.expanded()
+        if parts is None or not native.serves(parts[0]):
             return None
 
         def count(gradients: int, products: int) -> None:
@@ -207,8 +207,8 @@ class VariationalProblem(LowerLevelProblem):
             self.cost.forward_ops += data.applications * (gradients + products)
 
         constant = self.ridge if diagonal is None else float(diagonal) + self.ridge
-        offset = data.value(b.new_zeros(()).expand(b.shape)).double()
-        return self.regularizer.descent(Quadratic(b.contiguous(), constant, convolution, offset, count))
+        b, offset = parts[0].contiguous(), parts[1].double()
+        return self.regularizer.descent(Quadratic(b, constant, convolution, offset, count))
 
     def metric(self) -> Metric | None:
         """A^T W A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""

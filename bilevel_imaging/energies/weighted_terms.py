@@ -129,9 +129,9 @@ class ScaledTerm(WeightedTerm):
         diagonal = self.inside.diagonal()
         return None if diagonal is None else self._scale(diagonal).detach()
 
-    def backprojection(self) -> Tensor | None:
-        backprojection = self.inside.backprojection()
-        return None if backprojection is None else self._scale(backprojection).detach()
+    def expanded(self) -> tuple[Tensor, Tensor] | None:
+        parts = self.inside.expanded()
+        return None if parts is None else (self._scale(parts[0]).detach(), self._scale(parts[1]).detach())
 
     def spectrum(self) -> Tensor | None:
         spectrum = self.inside.spectrum()

@@ -18,6 +18,8 @@ from bilevel_imaging.tensors import entries, inner, norm, products
 ENERGY_SLACK = 1e-2
 # curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
 SMALL = 0.1
+# part of a bound below which a simpler one will do
+NEGLIGIBLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,12 @@ def _local(
         return None
     dual = point.dual_norm(residual)
     if known is not None and known.energy_norm is not None:
-        off = point.dual_norm(residual - known.residual.to(residual.dtype))
+        off = torch.zeros_like(dual)
+        if residual is not known.residual:
+            difference = residual - known.residual.to(residual.dtype)
+            off = norm(difference).double() / mu.sqrt()
+            if not bool((off <= NEGLIGIBLE * known.energy_norm).all()):
+                off = point.dual_norm(difference)
         dual = torch.minimum(dual, known.energy_norm.double() * (1 + ENERGY_SLACK) + off)
     return LocalMeasurements(
         distance=point.energy_distance,
@@ -266,7 +273,7 @@ def _local(
 
 def _metric_bound(e: Estimate, m: Measurements, rounding: Tensor, mixed: Tensor) -> Bound:
     point, lowest = e.point, e.point.metric.lowest
-    residual_norm = e.point.metric.squared_norm(e.residual).sqrt() + rounding / lowest.sqrt()
+    residual_norm = e.point.metric_norm(e.residual) + rounding / lowest.sqrt()
     return certificates.metric(
         m, point.metric_grad_norm, residual_norm, point.metric_mixed_norm, lowest, e.hessian, mixed
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -15,12 +16,18 @@ from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norm
 from bilevel_imaging.tensors import norm, per_sample, units
 
 
-def dual_norm(v: Tensor, strong_convexity: Tensor, metric: Metric | None) -> Tensor:
-    """Bound of ||v||_{H^-1} at any x, without a solve: ||v||_{M^-1}, or ||v|| / sqrt(mu), ``(B,)`` float64."""
+def dual_norm(
+    v: Tensor, strong_convexity: Tensor, metric: Metric | None, metric_norm: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Bound of ||v||_{H^-1} at any x, without a solve: ||v||_{M^-1}, or ||v|| / sqrt(mu), ``(B,)`` float64.
+
+    ``metric_norm``: what knows ||v||_{M^-1}.
+    """
     plain = norm(v).double() / lowest_multiple(strong_convexity, metric).sqrt()
     if metric is None or metric.multiple:
         return plain
-    return torch.minimum(plain, metric.squared_norm(v).sqrt() * (1 + 1e-12))
+    size = metric.squared_norm(v).sqrt() if metric_norm is None else metric_norm(v)
+    return torch.minimum(plain, size * (1 + 1e-12))
 
 
 def lowest_multiple(strong_convexity: Tensor, metric: Metric | None) -> Tensor:
@@ -59,6 +66,7 @@ class Point:
         self.gradient_energy = gradient_energy
         self.failures = [] if failures is None else failures
         self._direction: tuple[Tensor, Tensor, Tensor] | None = None
+        self._measured: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def ball_constants(self) -> Constants:
@@ -130,16 +138,31 @@ class Point:
     @cached_property
     def metric_grad_norm(self) -> Tensor:
         """||G||_{M^-1} with rounding, ``(B,)`` float64."""
-        metric = self._energy_metric
-        return metric.squared_norm(self.gradient).sqrt() + self.rounding / metric.lowest.sqrt()
+        return self.metric_norm(self.gradient) + self.rounding / self._energy_metric.lowest.sqrt()
+
+    def metric_norm(self, v: Tensor) -> Tensor:
+        """||v||_{M^-1}, ``(B,)`` float64; that of the gradient and that of the latest v are remembered."""
+        if v is self.gradient:
+            return self._gradient_metric_norm
+        if self._measured is None or self._measured[0] is not v:
+            self._measured = v, self._energy_metric.squared_norm(v).sqrt()
+        return self._measured[1]
+
+    @cached_property
+    def _gradient_metric_norm(self) -> Tensor:
+        return self._energy_metric.squared_norm(self.gradient).sqrt()
+
+    @cached_property
+    def _scaled_columns(self) -> Tensor:
+        """M^{-1} J, ``(B, n, *image)``."""
+        return torch.stack([self._energy_metric.inverse(column) for column in self.columns.unbind(1)], 1)
 
     @cached_property
     def metric_mixed_norm(self) -> Tensor:
         """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64."""
         if self.metric.multiple:
             return self.mixed_norm / self.metric.lowest.sqrt()
-        scaled = torch.stack([self.metric.inverse(column) for column in self.columns.unbind(1)], 1)
-        gram = self.columns.flatten(2).double() @ scaled.flatten(2).double().transpose(1, 2)
+        gram = self.columns.flatten(2).double() @ self._scaled_columns.flatten(2).double().transpose(1, 2)
         return torch.linalg.eigvalsh(0.5 * (gram + gram.transpose(1, 2)))[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
 
     @cached_property
@@ -154,7 +177,7 @@ class Point:
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
-        return dual_norm(v, self.constants.strong_convexity.double(), self._energy_metric)
+        return dual_norm(v, self.constants.strong_convexity.double(), self._energy_metric, self.metric_norm)
 
     @cached_property
     def dual_grad_norm(self) -> Tensor:
@@ -218,9 +241,9 @@ class Point:
         if self.columns is None:
             return self.linearization.mixed_block_norms(self.constants.strong_convexity)
         mu, metric = self.constants.strong_convexity.double(), self._energy_metric
-        if metric is None or metric.multiple:  # not column by column: they lie apart in memory
-            norms = self.column_norms / lowest_multiple(mu, metric).sqrt().unsqueeze(1)
-        else:
-            norms = torch.stack([self.dual_norm(column) for column in self.columns.unbind(1)], 1)
+        norms = self.column_norms / lowest_multiple(mu, metric).sqrt().unsqueeze(1)
+        if metric is not None and not metric.multiple:
+            squares = (self.columns * self._scaled_columns).flatten(2).sum(2).double().clamp(min=0)
+            norms = torch.minimum(norms, squares.sqrt() * (1 + 1e-12))
         own = self.linearization.mixed_energy_norms()
         return norms if own is None else torch.minimum(norms, own)

@@ -38,8 +38,11 @@ static void NAME(row_convolution)(
     const REAL *above[MOST_TAPS], *shifted[MOST_TAPS];
     const REAL *filter = s->filters + plane * s->terms * 2 * s->taps;
     REAL *middle = line + reach;
+    int64_t source = row % height - reach; /* wrapped around without a division for every tap */
+    if (source < 0) source += height;
     for (int64_t k = 0; k < s->taps; k++) {
-        above[k] = p + (plane * height + (row % height + k - reach + height) % height) * width;
+        above[k] = p + (plane * height + source) * width;
+        if (++source == height) source = 0;
         shifted[k] = line + k;
     }
     for (int64_t term = 0; term < s->terms; term++, filter += 2 * s->taps) {
