@@ -50,6 +50,13 @@ static double sum(const double *values, int64_t n) {
     return total;
 }
 
+/* One machine code wherever it is called from: the same bits for a row, whichever thread computes it and why. */
+#ifdef __clang__
+#define ONE_CODE __attribute__((noinline))
+#else
+#define ONE_CODE __attribute__((noinline, noclone))
+#endif
+
 /* Two vectors' numbers, numbered one after the other, in another order. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -19,7 +19,7 @@ static REAL *NAME(scratch)(int64_t width, int64_t taps) {
 
 /* Row `row` of the stencil's product with p, into z; returns <p, z> on it. `above` holds the vertical part of the row
    above and is replaced by that of this row; `line` is scratch of width + taps. */
-static REAL NAME(row_product)(
+ONE_CODE static REAL NAME(row_product)(
     const NAME(Stencil) *s, const REAL *p, int64_t row, REAL *restrict z, REAL *restrict above, REAL *restrict line
 ) {
     const int64_t w = s->width, at = row * w;

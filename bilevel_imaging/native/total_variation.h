@@ -3,7 +3,7 @@
 /* Row of smoothed total variation at x: unit field n = Dx / s and 1 / s where n0 is not NULL, and `weight` D^T n, into
    `out`. `below` is the next row of x, or the same at the end of a plane; `above` holds the vertical part of the row
    above, 0 at the start of a plane, and is replaced by that of this row. */
-static inline void NAME(variation_row)(
+ONE_CODE static void NAME(variation_row)(
     const REAL *here, const REAL *below, REAL weight, REAL smoothing, REAL *n0, REAL *n1, REAL *inverse,
     REAL *restrict above, REAL *restrict out, int64_t width
 ) {
