@@ -19,6 +19,7 @@ from bilevel_imaging.native.sparse_features import MOST_CLASSES, SparseExamples
 from bilevel_imaging.native.stencils import Stencil, SystemStates
 from bilevel_imaging.native.total_variation import (
     advance_dual,
+    curvature_product,
     gradient,
     linearize,
     model_field,
@@ -45,6 +46,7 @@ __all__ = [
     "advance",
     "advance_dual",
     "change",
+    "curvature_product",
     "derivatives",
     "gradient",
     "inner",

@@ -41,6 +41,24 @@ def gradient(x: Tensor, weight: float, smoothing: float) -> Tensor:
     return grad
 
 
+def curvature_product(v: Tensor, unit: Tensor, reciprocal: Tensor, weight: float) -> Tensor:
+    """The Hessian product weight D^T (I - n n^T) D v / s with v ``(B, C, H, W)``, of the point of :func:`linearize`."""
+    v, unit, reciprocal = v.contiguous(), unit.contiguous(), reciprocal.contiguous()
+    out = torch.empty_like(v)
+    kernel = function("tv_product", v.dtype)
+    kernel(
+        pointer(v),
+        *reals(v.dtype, weight),
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(reciprocal),
+        pointer(out),
+        *integers(v.shape[0] * v.shape[1], *v.shape[-2:]),
+        threads(),
+    )
+    return out
+
+
 def unit_squares(x: Tensor, smoothing: float) -> Tensor:
     """||n||^2 of the unit field n = Dx / s at x ``(B, C, H, W)``, float64 ``(B,)``."""
     x = x.contiguous()

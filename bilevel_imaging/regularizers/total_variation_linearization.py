@@ -65,8 +65,8 @@ class TotalVariationLinearization(Linearization):
         return model_stencil(self, self.unit)
 
     def hvp(self, v: Tensor) -> Tensor:
-        if self._stencil is not None and native.serves(v):
-            return self._stencil.product(v)
+        if self.regularizer.is_plain and native.serves(self.unit, v):
+            return native.curvature_product(v, self.unit, self.reciprocal, float(self.weight))
         if self.regularizer.is_plain:
             return isotropic_curvature(v, self.unit, self.scale, self._work)
         dv = forward_differences(v)
