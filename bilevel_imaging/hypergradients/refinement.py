@@ -85,7 +85,7 @@ class Refiner:
         self, point: Point, rhs: Tensor, solution: LinearSolution, aim: Callable[[float], float]
     ) -> LinearSolution:
         """The adjoint solve, continued until ||J||_{H^-1} ||r||_{H^-1} should be ``ADJOINT_SHARE`` of the aim."""
-        if solution.residual is None or point.columns is None or point.mixed_dual_norms is None:
+        if point.constants.strong_convexity is None or solution.residual is None or point.columns is None:
             return solution
         size = point.dual_norm(solution.residual.to(point.x.dtype))
         if solution.energy_norm is not None:
