@@ -11,7 +11,7 @@ import torch
 import bilevel_imaging as bi
 from bilevel_imaging import native
 from bilevel_imaging.linear_solvers import ConjugateGradient
-from bilevel_imaging.native import library, memory
+from bilevel_imaging.native import library
 
 pytestmark = pytest.mark.skipif(native.native_kernels() != "native", reason="no compiled kernels on this machine")
 SHAPES = [(3, 1, 17, 33), (2, 3, 8, 9), (2, 1, 1, 5), (2, 1, 6, 2), (1, 1, 40, 40)]
@@ -279,23 +279,3 @@ def test_built_once_and_switched_off(tmp_path):
     broken.chmod(0o755)
     words, error = in_a_new_process(tmp_path / "other", CC=str(broken))
     assert words == "" and "no license" in error  # a warning, which that process turns into an error
-
-
-def test_kept_memory_comes_without_page_faults():
-    """In a process of its own: this can't be undone."""
-    program = (
-        "import resource, runpy, numpy\n"
-        f"keep_freed = runpy.run_path({memory.__file__!r})['keep_freed']\n"
-        "def faults():\n"
-        "    for _ in range(2):\n"
-        "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "        numpy.ones(40 * 2**20, dtype=numpy.uint8)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "print(faults(), keep_freed(), faults())"
-    )
-    environ = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
-    before, told, after = done.stdout.split()
-    if told == "False":
-        pytest.skip("the C library can't be told")
-    assert int(before) > 1000 > 100 > int(after)

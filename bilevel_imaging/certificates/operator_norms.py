@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_imaging.tensors import binary_scale, per_sample
+from bilevel_imaging.tensors import norm, per_sample, units
 
 # a parameter-side vector: one tensor, or tensors by name
 Parameters = Tensor | dict[str, Tensor]
@@ -51,15 +51,15 @@ def from_columns(columns: Tensor) -> Tensor:
     flat = columns.flatten(2).double()
     if flat.shape[1] == 0:
         return flat.new_zeros(flat.shape[0])
-    scale = binary_scale(flat)
-    if bool(((scale > 1e-100) & (scale < 1e100)).all()):
-        scale = torch.ones_like(scale)
-    else:  # squares of tiny columns must not underflow
+    scale = units(norm(flat), flat)
+    if scale is not None:  # squares of tiny columns must not underflow
         flat = flat / per_sample(scale, flat)
     if flat.shape[1] == 1:
-        return scale * flat[:, 0].norm(dim=1) * (1 + GRAM_SLACK)
-    gram = flat @ flat.transpose(1, 2)
-    return scale * torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt() * (1 + GRAM_SLACK)
+        size = flat[:, 0].norm(dim=1)
+    else:
+        gram = flat @ flat.transpose(1, 2)
+        size = torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt()
+    return (size if scale is None else scale * size) * (1 + GRAM_SLACK)
 
 
 def probe_count(failure_probability: float, factor: float) -> int:

@@ -196,9 +196,8 @@ class VariationalProblem(LowerLevelProblem):
         return 4 * torch.finfo(self.dtype).eps * scale
 
     def descent(self) -> Descent | None:
-        data, diagonal, convolution = self.data, self.data.diagonal(), self.data.convolution()
-        parts = None if diagonal is None and convolution is None or pays(data) else data.expanded()
-        if parts is None or not native.serves(parts[0]):
+        data, parts = self.data, self.data.expanded()
+        if parts is None or pays(data) or not native.serves(parts[0]):
             return None
 
         def count(gradients: int, products: int) -> None:
@@ -206,9 +205,10 @@ class VariationalProblem(LowerLevelProblem):
             self.cost.hvps += products
             self.cost.forward_ops += data.applications * (gradients + products)
 
+        diagonal = data.diagonal()  # a number, or there is a convolution: else a preconditioner pays
         constant = self.ridge if diagonal is None else float(diagonal) + self.ridge
         b, offset = parts[0].contiguous(), parts[1].double()
-        return self.regularizer.descent(Quadratic(b, constant, convolution, offset, count))
+        return self.regularizer.descent(Quadratic(b, constant, data.convolution(), offset, count))
 
     def metric(self) -> Metric | None:
         """A^T W A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""

@@ -103,7 +103,7 @@ def estimate(
         q=q,
         residual=residual,
         residual_norm=measured + rounding,
-        grad=_gradient(point, q) if gradient else {},
+        grad=adjoint_gradient(point, q) if gradient else {},
         bounds={},
         component_bounds=None,
         rounding_share=torch.zeros_like(measured),
@@ -130,7 +130,8 @@ def estimate(
     return _certify(partial, q_norm, measured, along) if gradient else partial
 
 
-def _gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
+def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
+    """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
     batch = q.shape[0]
     if point.columns is None:

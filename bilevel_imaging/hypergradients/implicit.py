@@ -107,6 +107,10 @@ class _Goal:
     def bound(self, norm: float) -> float:
         return self.relative * norm if self.bound_tol is None else self.bound_tol
 
+    def aim(self, norm: float) -> float:
+        """What solvers are asked for: a little less."""
+        return 0.9 * self.bound(norm)
+
     def shortfall(self, bound: float, norm: float) -> str:
         if self.relative is None:
             return f"bound {bound:.3g} instead of {self.bound_tol:.3g}"
@@ -213,9 +217,7 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
         # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
         first_error, first_residual = min(first_error, FIRST_ERROR_MANY), min(first_residual, FIRST_RESIDUAL_MANY)
-    current = refiner.solve(
-        x0, q0, first_error * size, first_residual, relative=True, aim=lambda size: 0.9 * goal.bound(size)
-    )
+    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True, aim=goal.aim)
     if not current.bounds and current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     if not _available(current, names):
@@ -223,7 +225,7 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     best, best_bound = current, _total(current, names)
     stalled = rounds = 0
     while best_bound > goal.bound(best.norm) and rounds < max_rounds and stalled < 2:
-        current = refiner.improve(best, 0.9 * goal.bound(best.norm), newton=stalled > 0, names=names)
+        current = refiner.improve(best, goal.aim(best.norm), newton=stalled > 0, names=names)
         bound = _total(current, names)
         stalled = stalled + 1 if bound > 0.7 * best_bound else 0
         if bound < best_bound:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, estimate
+from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, adjoint_gradient, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.tensors import inner, norm, per_sample, products
+from bilevel_imaging.tensors import entries, inner, norm, per_sample
 
 # a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
 LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
@@ -91,8 +91,7 @@ class Refiner:
         if solution.energy_norm is not None:
             size = torch.minimum(size, solution.energy_norm.double())
         part = point.mixed_dual_norms.norm(dim=1) * size
-        estimate = products(point.columns, solution.q.to(point.columns.dtype)).double().mean(0)
-        target = ADJOINT_SHARE * aim(float(estimate.norm()))
+        target = ADJOINT_SHARE * aim(float(entries(adjoint_gradient(point, solution.q)).norm()))
         if not bool(part.isfinite().all()) or not 0 < target < float(part.mean()):
             return solution
         residual_tol = solution.residual_norm * (target / part).clamp(max=1.0).to(rhs.dtype)

@@ -39,8 +39,7 @@ def descend(
     at = DescentStates(state.target.double(), descent.quadratic.offset)
     begin, initial = "cold" if cold else "warm", None if cold else problem.initial().contiguous()
     while True:
-        limits = {"max_iter": max_iter, "max_inner": max_inner}
-        descent.run(x, state.best_x, dual, at, begin=begin, initial=initial, **limits)
+        descent.run(x, state.best_x, dual, at, begin=begin, initial=initial, max_iter=max_iter, max_inner=max_inner)
         state.size, state.best_size = at.size.to(error_tol), at.best_size.to(error_tol)
         state.status, state.iterations, state.idle = (v.clone() for v in (at.status, at.iterations, at.idle))
         settle(problem, state, max_iter)

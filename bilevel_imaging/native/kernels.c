@@ -37,6 +37,17 @@ static int64_t blocks_of_each(int64_t count, int threads) {
     return count == 0 || count >= threads ? 1 : (threads + count - 1) / count;
 }
 
+/* The rows of an image that are one block. */
+typedef struct {
+    int64_t image, from, to;
+} Block;
+
+static Block block_of(int64_t block, int64_t blocks_each, int64_t rows) {
+    const int64_t part = block % blocks_each;
+    const Block found = {block / blocks_each, rows * part / blocks_each, rows * (part + 1) / blocks_each};
+    return found;
+}
+
 /* Only inside a team that works on one image; every thread of it comes here equally often. */
 static void wait_for_team(int team) {
     if (team > 1) {

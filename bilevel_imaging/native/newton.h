@@ -42,13 +42,6 @@ typedef struct {
     REAL *work; /* scratch of the stencil's products, and two rows */
 } NAME(Part);
 
-static double NAME(dot)(const REAL *u, const REAL *v, int64_t n) {
-    double total = 0; /* so that squares of tiny numbers do not underflow */
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < n; j++) total += (double)u[j] * v[j];
-    return total;
-}
-
 /* Row `row` of x + t d. */
 static void NAME(along_row)(REAL *restrict to, const REAL *x, const REAL *d, REAL t, int64_t row, int64_t w) {
     for (int64_t j = row * w; j < (row + 1) * w; j++) to[j] = x[j] + t * d[j];

@@ -20,10 +20,8 @@ class DescentStates:
     """Where the runs of B images stand: a row per image in the layout of the C struct.
 
     Attributes:
-        size: ||gradient||, ``(B,)`` float64 like the next three.
+        size: ||gradient||, ``(B,)`` float64 like the next.
         best_size: the smallest so far.
-        first_size: the reference of the forcing terms.
-        target: the size to reach.
         status: int64 ``(B,)`` like the others: 0 while it runs, 3 after a line search without success.
         iterations, idle: Newton steps, and the last of them without progress.
     """
@@ -36,12 +34,9 @@ class DescentStates:
 
     size = property(lambda self: self.table[:, 0])
     best_size = property(lambda self: self.table[:, 1])
-    first_size = property(lambda self: self.table[:, 2])
     status = property(lambda self: self.counters[:, 5])
     iterations = property(lambda self: self.counters[:, 6])
     idle = property(lambda self: self.counters[:, 7])
-    gradients = property(lambda self: self.counters[:, 8])
-    products = property(lambda self: self.counters[:, 9])
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,13 @@ void NAME(stencil_product)(
     const int64_t blocks = count * blocks_each;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < blocks; block++) {
-        const int64_t start = (block / blocks_each) * rows * width, part = block % blocks_each;
-        const int64_t from = rows * part / blocks_each, to = rows * (part + 1) / blocks_each;
-        const NAME(Stencil) s = NAME(sample)(&first, block / blocks_each);
+        const Block part = block_of(block, blocks_each, rows);
+        const int64_t start = part.image * rows * width;
+        const NAME(Stencil) s = NAME(sample)(&first, part.image);
         REAL *work = NAME(scratch)(width, taps);
-        if (from < to && from > 0) NAME(vertical)(&s, p + start, from - 1, work, work + width);
-        for (int64_t row = from; row < to; row++)
+        if (part.from < part.to && part.from > 0)
+            NAME(vertical)(&s, p + start, part.from - 1, work, work + width);
+        for (int64_t row = part.from; row < part.to; row++)
             NAME(row_product)(&s, p + start, row, z + start, work, work + width);
         free(work);
     }

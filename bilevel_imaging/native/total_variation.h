@@ -43,44 +43,27 @@ static void NAME(variation_above)(
     if (row % height > 0) NAME(variation_row)(here, here + width, 1, smoothing, NULL, NULL, NULL, above, line, width);
 }
 
-/* All rows of `planes`, and the fields of those where `unit` is not NULL: n in two components `apart` numbers from each
-   other. */
-static void NAME(variation)(
+/* Gradient at x, and where `unit` is not NULL the unit field, in two components `apart` numbers from each other, and
+   1 / s. */
+void NAME(tv_linearize)(
     const REAL *x, REAL weight, REAL smoothing, REAL *unit, int64_t apart, REAL *reciprocal, REAL *grad, int64_t planes,
     int64_t height, int64_t width, int threads
 ) {
     const int64_t blocks_each = blocks_of_each(planes, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < planes * blocks_each; block++) {
-        const int64_t first = (block / blocks_each) * height, part = block % blocks_each;
-        const int64_t from = first + height * part / blocks_each, to = first + height * (part + 1) / blocks_each;
+        const Block part = block_of(block, blocks_each, height);
         REAL *above = malloc(2 * width * sizeof(REAL));
-        if (from < to) NAME(variation_above)(x, from, smoothing, above, above + width, height, width);
-        for (int64_t row = from; row < to; row++) {
-            const int64_t at = row * width;
-            const REAL *here = x + at, *below = row % height < height - 1 ? here + width : here;
-            if (unit)
-                NAME(variation_row)(
-                    here, below, weight, smoothing, unit + at, unit + apart + at, reciprocal + at, above, grad + at, width);
-            else NAME(variation_row)(here, below, weight, smoothing, NULL, NULL, NULL, above, grad + at, width);
+        for (int64_t i = part.from; i < part.to; i++) {
+            const int64_t row = part.image * height + i, at = row * width;
+            const REAL *here = x + at, *below = i < height - 1 ? here + width : here;
+            if (i == part.from) NAME(variation_above)(x, row, smoothing, above, above + width, height, width);
+            NAME(variation_row)(
+                here, below, weight, smoothing, unit ? unit + at : NULL, unit ? unit + apart + at : NULL,
+                unit ? reciprocal + at : NULL, above, grad + at, width);
         }
         free(above);
     }
-}
-
-/* Unit field, 1 / s, and gradient at x. */
-void NAME(tv_linearize)(
-    const REAL *x, REAL weight, REAL smoothing, REAL *unit, int64_t apart, REAL *reciprocal, REAL *grad, int64_t planes,
-    int64_t height, int64_t width, int threads
-) {
-    NAME(variation)(x, weight, smoothing, unit, apart, reciprocal, grad, planes, height, width, threads);
-}
-
-/* The gradient alone. */
-void NAME(tv_gradient)(
-    const REAL *x, REAL weight, REAL smoothing, REAL *grad, int64_t planes, int64_t height, int64_t width, int threads
-) {
-    NAME(variation)(x, weight, smoothing, NULL, 0, NULL, grad, planes, height, width, threads);
 }
 
 /* Row of the Hessian product weight D^T (I - n n^T) D v / s, into `out`; `below` and `above` as for the gradient. */
@@ -117,14 +100,14 @@ void NAME(tv_product)(
     const int64_t blocks_each = blocks_of_each(planes, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < planes * blocks_each; block++) {
-        const int64_t first = (block / blocks_each) * height, part = block % blocks_each;
-        const int64_t from = first + height * part / blocks_each, to = first + height * (part + 1) / blocks_each;
+        const Block part = block_of(block, blocks_each, height);
         REAL *above = calloc(2 * width, sizeof(REAL)), *line = above + width;
-        for (int64_t row = from > first && from < to ? from - 1 : from; row < to; row++) { /* the row above for its part */
-            const int64_t at = row * width;
-            const REAL *here = v + at, *below = row % height < height - 1 ? here + width : here;
+        const int64_t before = part.from > 0 && part.from < part.to; /* the row above for its vertical part */
+        for (int64_t i = part.from - before; i < part.to; i++) {
+            const int64_t at = (part.image * height + i) * width;
+            const REAL *here = v + at, *below = i < height - 1 ? here + width : here;
             NAME(curvature_row)(
-                here, below, weight, unit + at, unit + apart + at, reciprocal + at, above, row < from ? line : out + at,
+                here, below, weight, unit + at, unit + apart + at, reciprocal + at, above, i < part.from ? line : out + at,
                 width);
         }
         free(above);
@@ -230,15 +213,15 @@ void NAME(tv_relative)(
     const int64_t blocks_each = count >= threads ? 1 : threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < count * blocks_each; block++) {
-        const int64_t i = block / blocks_each, part = block % blocks_each;
-        const int64_t from = rows * part / blocks_each, to = rows * (part + 1) / blocks_each;
+        const Block part = block_of(block, blocks_each, rows);
+        const int64_t i = part.image;
         const NAME(Ball) s = {
             weight, smoothing, (REAL)(convexities[i] / squared_norm), (REAL)radii[i],
             (REAL)(row_norm / sqrt(convexities[i]))};
         const REAL nu2 = smoothing * smoothing;
         REAL best = 0;
         int64_t bad = 0;
-        for (int64_t row = from; row < to; row++) {
+        for (int64_t row = part.from; row < part.to; row++) {
             const int64_t at = (i * rows + row) * width, down = row % height < height - 1 ? width : 0;
             const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
             const REAL *here = q ? q + at : NULL;
@@ -450,9 +433,10 @@ void NAME(tv_unit_squares)(
     double *sums = malloc(count * rows * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < blocks; block++) {
-        const int64_t i = block / blocks_each, part = block % blocks_each;
-        for (int64_t row = rows * part / blocks_each; row < rows * (part + 1) / blocks_each; row++) {
-            const REAL *here = x + (i * rows + row) * width;
+        const Block part = block_of(block, blocks_each, rows);
+        for (int64_t row = part.from; row < part.to; row++) {
+            const int64_t at = part.image * rows + row;
+            const REAL *here = x + at * width;
             const REAL *below = row % height < height - 1 ? here + width : here;
             REAL total = 0;
             for (int64_t j = 0; j < width - 1; j++) {
@@ -460,7 +444,7 @@ void NAME(tv_unit_squares)(
                 total += NAME(fraction)(dx * dx + dy * dy, floor);
             }
             const REAL dy = below[width - 1] - here[width - 1];
-            sums[i * rows + row] = total + NAME(fraction)(dy * dy, floor);
+            sums[at] = total + NAME(fraction)(dy * dy, floor);
         }
     }
     for (int64_t i = 0; i < count; i++) squares[i] = sum(sums + i * rows, rows);

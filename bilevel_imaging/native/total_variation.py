@@ -15,30 +15,29 @@ def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tenso
     """Unit field n = Dx / s ``(2, B, C, H, W)``, 1 / s ``(1, B, C, H, W)`` and the gradient weight D^T n, with
     s = sqrt(|Dx|^2 + smoothing^2), at x ``(B, C, H, W)``."""
     x = x.contiguous()
-    unit, reciprocal, grad = x.new_empty((2, *x.shape)), x.new_empty((1, *x.shape)), torch.empty_like(x)
-    planes = x.shape[0] * x.shape[1]
-    kernel = function("tv_linearize", x.dtype)
-    kernel(
+    unit, reciprocal = x.new_empty((2, *x.shape)), x.new_empty((1, *x.shape))
+    return unit, reciprocal, _linearize(x, weight, smoothing, unit, reciprocal)
+
+
+def _linearize(x: Tensor, weight: float, smoothing: float, unit: Tensor | None, reciprocal: Tensor | None) -> Tensor:
+    """The gradient; the fields are written where they are given."""
+    grad = torch.empty_like(x)
+    function("tv_linearize", x.dtype)(
         pointer(x),
         *reals(x.dtype, weight, smoothing),
         pointer(unit),
         *integers(x.numel()),
         pointer(reciprocal),
         pointer(grad),
-        *integers(planes, *x.shape[-2:]),
+        *integers(x.shape[0] * x.shape[1], *x.shape[-2:]),
         threads(),
     )
-    return unit, reciprocal, grad
+    return grad
 
 
 def gradient(x: Tensor, weight: float, smoothing: float) -> Tensor:
     """The gradient alone, weight D^T (Dx / s), at x ``(B, C, H, W)``."""
-    x = x.contiguous()
-    grad = torch.empty_like(x)
-    kernel = function("tv_gradient", x.dtype)
-    sizes = integers(x.shape[0] * x.shape[1], *x.shape[-2:])
-    kernel(pointer(x), *reals(x.dtype, weight, smoothing), pointer(grad), *sizes, threads())
-    return grad
+    return _linearize(x.contiguous(), weight, smoothing, None, None)
 
 
 def curvature_product(v: Tensor, unit: Tensor, reciprocal: Tensor, weight: float) -> Tensor:

@@ -47,6 +47,13 @@ static void NAME(turn)(REAL *restrict p, const REAL *restrict r, REAL beta, int6
     for (int64_t j = 0; j < n; j++) p[j] = r[j] + beta * p[j];
 }
 
+static double NAME(dot)(const REAL *u, const REAL *v, int64_t n) {
+    double total = 0; /* so that squares of tiny numbers do not underflow */
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < n; j++) total += (double)u[j] * v[j];
+    return total;
+}
+
 /* Inner products of `count` samples of `size` numbers. Sums are over blocks of fixed size, so the result does not depend
    on the number of threads. */
 #define BLOCK 4096
@@ -63,10 +70,7 @@ void NAME(inner)(const REAL *u, const REAL *v, double *products, int64_t count, 
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     IN_BLOCKS({
         (void)sample;
-        const REAL *restrict ub = u + from, *restrict vb = v + from;
-        double total = 0; /* so that squares of tiny numbers do not underflow */
-        for (int64_t j = 0; j < n; j++) total += (double)ub[j] * vb[j];
-        sums[block] = total;
+        sums[block] = NAME(dot)(u + from, v + from, n);
     })
     for (int64_t i = 0; i < count; i++) products[i] = sum(sums + i * blocks, blocks);
     free(sums);
