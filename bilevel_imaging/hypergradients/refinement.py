@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bilevel_imaging import certificates
+from bilevel_imaging.certificates import LocalMeasurements
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, adjoint_gradient, estimate
+from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, adjoint_gradient, estimate, forecast
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
@@ -21,8 +23,8 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
 # of the bound aimed at, this part goes to the lower level, which is good enough below the limit; the rest is the
 # adjoint's
 LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
-# the part of the adjoint before anything has been evaluated
-ADJOINT_SHARE = 0.7
+# of what the lower level leaves of the goal, the part that the adjoint is aimed at
+ADJOINT_SHARE, LEAST_SHARE = 0.85, 0.2
 # curvature times distance from which the local certificate is nearly linear in the distance
 NEAR = 0.2
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
@@ -68,8 +70,8 @@ class Refiner:
     ) -> Estimate:
         """Both solves from scratch at fixed accuracies, then one evaluation; ``relative``: residual_tol ||grad f||.
 
-        ``aim`` tells the bound to reach from ||h||: the adjoint is continued to where its part of the bound should be
-        small enough, which costs less than to evaluate all certificates first.
+        ``aim`` tells the bound to reach from ||h||: both solves go on until the local certificate should be below it,
+        as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
         point = self.point(self.lower_solution.x)
@@ -77,25 +79,41 @@ class Refiner:
         residual_tol = residual_tol * norm(rhs) if relative else residual_tol
         self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
         if aim is not None:
-            self.linear_solution = self._aimed(point, rhs, self.linear_solution, aim)
+            point = self._aimed(point, rhs, aim)
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
 
-    def _aimed(
-        self, point: Point, rhs: Tensor, solution: LinearSolution, aim: Callable[[float], float]
-    ) -> LinearSolution:
-        """The adjoint solve, continued until ||J||_{H^-1} ||r||_{H^-1} should be ``ADJOINT_SHARE`` of the aim."""
-        if point.constants.strong_convexity is None or solution.residual is None or point.columns is None:
-            return solution
-        size = point.dual_norm(solution.residual.to(point.x.dtype))
-        if solution.energy_norm is not None:
-            size = torch.minimum(size, solution.energy_norm.double())
-        part = point.mixed_dual_norms.norm(dim=1) * size
-        target = ADJOINT_SHARE * aim(float(entries(adjoint_gradient(point, solution.q)).norm()))
-        if not bool(part.isfinite().all()) or not 0 < target < float(part.mean()):
-            return solution
-        residual_tol = solution.residual_norm * (target / part).clamp(max=1.0).to(rhs.dtype)
-        return self.linear.resume(point.working, rhs, solution, self._attainable(residual_tol, rhs))
+    def _aimed(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> Point:
+        """A Newton step where the lower level would keep the bound above the aim, then the adjoint for what is left.
+
+        Both rest on the local certificate of the adjoint solved so far; without it, nothing is done.
+        """
+        solution = self.linear_solution
+        m = forecast(point, rhs, solution)
+        if m is None or not bool(m.valid.all()):
+            return point
+        goal = aim(float(entries(adjoint_gradient(point, solution.q)).norm()))
+        if goal == 0:
+            return point
+        lower = _lower_part(m, point)
+        part = certificates.local(m)[0].total - lower
+        restart = float(lower.mean()) > LOWER_LIMIT * goal
+        if restart:
+            wanted, _ = self._local_targets(m, point, solution.q, goal)
+            factor = wanted / point.dual_grad_norm.clamp(min=1e-300)
+            point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
+            lower = _lower_part(m, point)
+        left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
+        residual_tol = solution.residual_norm * (left / part.clamp(min=1e-300)).clamp(max=1.0).to(rhs.dtype)
+        if restart:
+            rhs = point.loss_grad.to(rhs.dtype)
+            latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, rhs), q0=solution.q)
+            self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
+        elif float(part.mean()) > left:
+            self.linear_solution = self.linear.resume(
+                point.working, rhs, solution, self._attainable(residual_tol, rhs)
+            )
+        return point
 
     def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
@@ -208,7 +226,9 @@ class Refiner:
         slope = parts.linear / current.residual_norm.clamp(min=1e-300)
         near = newton
         if "local" in names and current.local is not None:
-            wanted, slope = self._local_targets(current, goal)
+            m = current.local
+            wanted, size = self._local_targets(m, point, current.q, goal)
+            slope = size * m.residual_norm / current.residual_norm.clamp(min=1e-300)
             factor, near = wanted / point.dual_grad_norm.clamp(min=1e-300), newton or self._is_near(point)
         if newton or not bool(enough.all()):
             if near:
@@ -228,16 +248,27 @@ class Refiner:
         return bool(point.energy_distance.isfinite().all())
 
     @staticmethod
-    def _local_targets(current: Estimate, goal: float) -> tuple[Tensor, Tensor]:
-        """||G||_{H^-1} at which the local bound meets its share of the goal, and that bound per unit of residual."""
-        m, point = current.local, current.point
+    def _local_targets(m: LocalMeasurements, point: Point, q: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+        """||G||_{H^-1} at which the local bound meets its share of the goal, and that bound per ||r||_{H^-1}."""
         hessian, energy, curvature = m.hessian, m.adjoint_energy, m.curvature
         if not bool(m.valid.all()):  # the constants on a smaller ball, where the point will be
             radius = torch.full_like(m.strong_convexity, 1e-30)
-            change, curvature = point.local_change(current.q, radius), point.curvature_on(radius)
+            change, curvature = point.local_change(q, radius), point.curvature_on(radius)
             hessian, energy = change.hessian, change.energy
         size = m.mixed_norms.norm(dim=1)
         per_distance = size * (m.loss_smoothness / m.strong_convexity + hessian)
         per_distance = per_distance + m.slopes.norm(dim=-1) * energy
         wanted = torch.minimum(LOWER_SHARE * goal / per_distance.clamp(min=1e-300), NEAR / curvature.clamp(min=1e-300))
-        return wanted, size * m.residual_norm / current.residual_norm.clamp(min=1e-300)
+        return wanted, size
+
+
+def _lower_part(m: LocalMeasurements, point: Point) -> Tensor:
+    """What the local bound would be at the point if the adjoint were solved exactly, ``(B,)``."""
+    moved = replace(
+        m,
+        distance=point.energy_distance,
+        curvature=point.relative_curvature,
+        mixed_norms=point.mixed_dual_norms,
+        residual_norm=torch.zeros_like(m.residual_norm),
+    )
+    return certificates.local(moved)[0].total

@@ -25,8 +25,9 @@ from bilevel_imaging.upper_level import Samples, SamplingPenalty, SquaredError
 
 # images solved together at most, so that memory does not grow with the data set
 DEFAULT_BATCH = 64
-# passes over the batches until the bound of the mean meets the relative accuracy asked for
-MAX_PASSES = 4
+# passes over the batches until the bound of the mean meets the relative accuracy asked for; in the first one every batch
+# of several has a goal relative to this part of the norm of the last hypergradient
+MAX_PASSES, EXPECTED_NORM = 4, 0.5
 
 
 def bind_batch(energy: VariationalEnergy, batch: Batch) -> LowerLevelProblem:
@@ -97,6 +98,7 @@ class MeanObjective(abc.ABC):
         self.warm = warm
         self.penalty = penalty
         self.processes: Processes = ALONE
+        self.last_norm: float | None = None  # of the last hypergradient
 
     def spread(self, processes: Processes) -> None:
         """Solve a share of the chunks only, before the first step: values and hypergradients stay those of all images.
@@ -166,11 +168,16 @@ class MeanObjective(abc.ABC):
             result = self._penalized(average(*parts))
         else:
             result = self._relative(chunks, relative)
+        self.last_norm = result.norm
         self.warm.step_done()
         return result
 
     def _relative(self, chunks: list[Chunk], relative: float) -> Hypergradient:
-        parts, sizes = self._pass(chunks, relative=relative)
+        several = len(chunks) > 1 or self.processes.size > 1
+        if several and self.last_norm:  # the gradient of one batch may be small while that of the mean is not
+            parts, sizes = self._pass(chunks, bound_tol=relative * EXPECTED_NORM * self.last_norm)
+        else:
+            parts, sizes = self._pass(chunks, relative=relative)
         result = self._penalized(average(parts, sizes))
         for _ in range(MAX_PASSES - 1 if len(parts) > 1 or self.penalty is not None else 0):
             if not result.certified or result.bound <= relative * result.norm:

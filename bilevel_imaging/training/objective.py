@@ -172,6 +172,7 @@ class BilevelObjective(MeanObjective):
             "trial_x": dict(self._trial_x),
             "trial_theta": self._trial_theta,
             "queue": [list(positions) for positions in self._queue],
+            "last_norm": self.last_norm,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -191,7 +192,7 @@ class BilevelObjective(MeanObjective):
         Raises:
             ValueError: if keys are missing or the warm starts are of other images.
         """
-        missing = {"x", "q", "trial_x", "trial_theta", "queue", "generator"} - set(state)
+        missing = {"x", "q", "trial_x", "trial_theta", "queue", "last_norm", "generator"} - set(state)
         if missing:
             raise ValueError(f"Expected a state of the objective with {sorted(missing)}. Got {sorted(state)}.")
         shapes = {i: x.shape for i, x in zip(self.pairs.indices, self.pairs.x, strict=True)}
@@ -210,5 +211,6 @@ class BilevelObjective(MeanObjective):
         self._trial_x = {i: t.to(device) for i, t in state["trial_x"].items()}
         self._trial_theta = state["trial_theta"]
         self._queue = [list(positions) for positions in state["queue"]]
+        self.last_norm = state["last_norm"]
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
