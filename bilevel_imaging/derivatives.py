@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.native import Stencil
-from bilevel_imaging.tensors import inner, norm
+from bilevel_imaging.tensors import norm
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,22 @@ class Metric:
     """A symmetric positive definite M with H(x) >= M for every x, that is cheap to invert.
 
     Attributes:
-        inverse: v -> M^{-1} v, ``(B, *image)`` to the same.
+        whiten: v -> w with ||w||^2 = <v, M^{-1} v>, linear, ``(B, *image)`` to ``(B, ...)``.
         lowest: lambda_min(M), ``(B,)`` float64.
+        highest: lambda_max(M) or a bound of it, likewise.
         multiple: whether M is lowest times the identity.
     """
 
-    inverse: Callable[[Tensor], Tensor]
+    whiten: Callable[[Tensor], Tensor]
     lowest: Tensor
+    highest: Tensor
     multiple: bool = False
 
     def squared_norm(self, v: Tensor) -> Tensor:
         """<v, M^{-1} v> for v ``(B, *image)``, ``(B,)`` float64."""
         if self.multiple:
             return norm(v).double().square() / self.lowest
-        return inner(v, self.inverse(v)).double().clamp(min=0)
+        return norm(self.whiten(v)).double().square()
 
 
 class Linearization(abc.ABC):

@@ -63,6 +63,21 @@ def fourier_filter(v: Tensor, response: Tensor) -> Tensor:
     return inverse_rfft2(rfft2(v) * response, v.shape[-1])
 
 
+def half_spectrum_scale(height: int, width: int, like: Tensor) -> Tensor:
+    """What makes :func:`rfft2` of real images an isometry, ``(W // 2 + 1,)``: the mirror images of most frequencies are
+    left out there."""
+    columns = torch.arange(width // 2 + 1, device=like.device)
+    alone = (columns == 0) | (2 * columns == width)  # their mirror images are in the same column
+    return (torch.where(alone, 1.0, 2.0).to(like.dtype) / (height * width)).sqrt()
+
+
+def fourier_coordinates(v: Tensor, response: Tensor) -> Tensor:
+    """Real numbers w with ||w||^2 = <v, F^-1 (response^2 F v)> for a real response as in :func:`fourier_filter`,
+    ``(..., H, W // 2 + 1, 2)``; linear in v."""
+    scale = half_spectrum_scale(v.shape[-2], v.shape[-1], response) * response
+    return torch.view_as_real(rfft2(v)) * scale[..., None]
+
+
 def cosine_filter(v: Tensor, response: Tensor) -> Tensor:
     """C^T (response C v), C the orthonormal cosine transform; response broadcastable to ``(..., H, W)``."""
     return inverse_dct2(dct2(v) * response)

@@ -199,9 +199,10 @@ def test_extreme_eigenvalues_are_exact(physics, channels):
     assert float(data.lowest[0]) == pytest.approx(lowest, rel=1e-9, abs=1e-14)
     assert float(data.highest[0]) == pytest.approx(highest, rel=1e-11)
     assert float(data.highest[0]) >= highest * (1 - 1e-14)
-    inverse = data.shifted_inverse(0.1)
-    v = draw(case.x_true, 3)
-    close(inverse(data.hvp(v) + 0.1 * v), v, 1e-11)
+    whiten = data.whitening(0.1)
+    u, v = draw(case.x_true, 3), draw(case.x_true, 4)
+    shifted = data.hvp(v) + 0.1 * v
+    close(inner(whiten(u), whiten(shifted)), inner(u, v), 1e-11)  # <u, (A^T A + I / 10)^-1 (A^T A + I / 10) v>
 
 
 def test_filters_of_one_image_each():

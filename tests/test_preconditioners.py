@@ -64,6 +64,27 @@ def test_fourier_transform_equals_torch(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_fourier_coordinates_are_an_isometry_times_a_response(size):
+    u, v, response = draw(2, 1, *size), draw(2, 1, *size, seed=1), draw(1, 1, size[0], size[1] // 2 + 1, seed=2)
+    found = (
+        (transforms.fourier_coordinates(u, response) * transforms.fourier_coordinates(v, response)).flatten(1).sum(1)
+    )
+    expected = (u * filtered_by_all_frequencies(v, response.square())).flatten(1).sum(1)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+def filtered_by_all_frequencies(v: Tensor, response: Tensor) -> Tensor:
+    """With ``fft2``: a frequency that the real transform leaves out has the response of its mirror image."""
+    height, width = v.shape[-2:]
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    mirrored = columns > width // 2
+    whole = response[..., torch.where(mirrored, -rows % height, rows), torch.where(mirrored, width - columns, columns)]
+    # a frequency whose mirror image is in the same column of the real transform counts with the mean of both
+    mirror = whole[..., -rows % height, -columns % width]
+    return torch.fft.ifft2(0.5 * (whole + mirror) * torch.fft.fft2(v)).real
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_laplacians_are_diagonal(size):
     v = draw(2, 1, *size)
     neumann = transforms.cosine_filter(v, transforms.neumann_laplacian(v))

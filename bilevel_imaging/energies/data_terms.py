@@ -6,6 +6,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from bilevel_imaging import native
 from bilevel_imaging.native import SeparableConvolution
 from bilevel_imaging.tensors import norm, squared_norm
-from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
+from bilevel_imaging.transforms import fourier_coordinates, fourier_filter, inverse_rfft2, rfft2
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,16 @@ class DataTerm(abc.ABC):
         spectrum = self.spectrum()
         return None if spectrum is None else FourierModel(spectrum, fourier_filter)
 
-    def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor] | None:
-        """v -> (A^T A + shift I)^{-1} v where that is cheap: the metric of certificate (M)."""
+    def whitening(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        """v -> w, linear, with ||w||^2 = <v, (A^T A + shift I)^{-1} v>, where that is cheap: the metric of certificate
+        (M)."""
         diagonal, spectrum = self.diagonal(), self.spectrum()
         if diagonal is not None:
-            return lambda v: v / (diagonal + shift)
+            root = (diagonal + shift).rsqrt()
+            return lambda v: v * root
         if spectrum is not None:
-            response = 1 / (spectrum + shift)
-            return lambda v: fourier_filter(v, response)
+            response = (spectrum + shift).rsqrt()
+            return lambda v: fourier_coordinates(v, response)
         return None
 
 
@@ -208,16 +211,23 @@ class CirculantTerm(DataTerm):
 
     def __init__(self, y: Tensor, transfer: Tensor):
         self.y = y
-        self.transfer64 = transfer.expand(*y.shape[:2], *transfer.shape[-2:])
-        self.transfer = self.transfer64.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
+        shape = (*y.shape[:2], *transfer.shape[-2:])
+        single = transfer.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
+        self.distinct, self.transfer = transfer, single.expand(shape)
         self.shape = y.shape
         self._separated: dict[tuple[str, torch.dtype], SeparableConvolution | None] = {}
-        power = _power(self.transfer64)
+        # from real parts, as in ``_filter``: an absolute value of complex numbers depends on the place
+        power = transfer.real.square() + transfer.imag.square()
+        self.power64, self.power = power.expand(shape), power.to(y.dtype).expand(shape)
         # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side
-        self.lowest = power.flatten(1).amin(1) * (1 - 1e-12)
-        self.highest = power.flatten(1).amax(1) * (1 + 1e-12)
-        self.power = power.to(y.dtype)
-        self.aty = self._filter(self.transfer.conj(), y)
+        self.lowest = power.flatten(1).amin(1).expand(len(y)) * (1 - 1e-12)
+        self.highest = power.flatten(1).amax(1).expand(len(y)) * (1 + 1e-12)
+
+    @cached_property
+    def aty(self) -> Tensor:
+        """A^T y."""
+        forward = self._forward
+        return self._product(forward and forward.transposed(), self.transfer.conj(), self.y)
 
     def _filter(self, transfer: Tensor, x: Tensor) -> Tensor:
         if not transfer.is_complex():
@@ -250,12 +260,13 @@ class CirculantTerm(DataTerm):
 
     def subset(self, index: Tensor) -> DataTerm:
         _ = self._forward, self._gram  # once for all subsets
-        part = CirculantTerm(self.y[index], self.transfer64[index])
+        part = CirculantTerm(self.y[index], self.distinct[index] if len(self.distinct) > 1 else self.distinct)
         part._separated = {key: known and known.of(index) for key, known in self._separated.items()}
+        part.aty = self.aty[index]
         return part
 
     def double(self) -> DataTerm:
-        exact = CirculantTerm(self.y.double(), self.transfer64)
+        exact = CirculantTerm(self.y.double(), self.distinct)
         exact._separated = self._separated  # kept here: terms in float64 are made anew for every hypergradient
         return exact
 
@@ -276,20 +287,15 @@ class CirculantTerm(DataTerm):
     @property
     def _forward(self) -> SeparableConvolution | None:
         """A for compiled code."""
-        return self._separation("forward", lambda: self.transfer64)
+        return self._separation("forward", lambda: self.distinct.expand(self.transfer.shape))
 
     @property
     def _gram(self) -> SeparableConvolution | None:
         """A^T A for compiled code."""
-        return self._separation("gram", lambda: _power(self.transfer64))
+        return self._separation("gram", lambda: self.power64)
 
     def _separation(self, name: str, transfer: Callable[[], Tensor]) -> SeparableConvolution | None:
         key = (name, self.y.dtype)
         if key not in self._separated:
             self._separated[key] = native.separable(transfer(), self.y.shape[-1], self.y.dtype)
         return self._separated[key]
-
-
-def _power(transfer: Tensor) -> Tensor:
-    """|transfer|^2 from real parts, as in ``_filter``: an absolute value of complex numbers depends on the place."""
-    return transfer.real.square() + transfer.imag.square()

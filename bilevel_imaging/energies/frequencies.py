@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, IdentityTerm
 from bilevel_imaging.energies.mri import MRITerm, filtered, fourier, inverse_fourier
-from bilevel_imaging.transforms import fourier_filter, inverse_rfft2, rfft2
+from bilevel_imaging.transforms import fourier_coordinates, fourier_filter, half_spectrum_scale, inverse_rfft2, rfft2
 
 
 class Frequencies(abc.ABC):
@@ -53,6 +53,10 @@ class Frequencies(abc.ABC):
     def filter(self, v: Tensor, response: Tensor) -> Tensor:
         """Multiply the frequencies of images by a real response in the order of z, ``(B, C, rows, columns)``."""
 
+    @abc.abstractmethod
+    def coordinates(self, v: Tensor, response: Tensor) -> Tensor:
+        """Real numbers w with ||w||^2 = <v, filter(v, response^2)>, linear in v, ``(B, ...)``."""
+
 
 class CirculantFrequencies(Frequencies):
     """Half of the frequencies of real images, those kept twice counted once, the others twice: K = 2 C."""
@@ -63,11 +67,9 @@ class CirculantFrequencies(Frequencies):
         self.grid = (rows, self.width // 2 + 1)
         columns = torch.arange(self.grid[1], device=term.y.device)
         self.single = (columns == 0) | (2 * columns == self.width)  # their mirror images are in the same column
-        double = torch.where(self.single, 1.0, 2.0).to(term.y.dtype)
-        self.scale = (double / (rows * self.width)).sqrt()
+        self.scale = half_spectrum_scale(rows, self.width, term.y)
         self.length = rows * self.width
-        power = term.transfer64.real.square() + term.transfer64.imag.square()
-        self.gains = torch.cat([power, power], 1)
+        self.gains = torch.cat([term.power64, term.power64], 1)
         self.measured = self._coordinates(rfft2(term.y))
 
     def _coordinates(self, spectrum: Tensor) -> Tensor:
@@ -100,6 +102,9 @@ class CirculantFrequencies(Frequencies):
     def filter(self, v: Tensor, response: Tensor) -> Tensor:
         return fourier_filter(v, response)
 
+    def coordinates(self, v: Tensor, response: Tensor) -> Tensor:
+        return fourier_coordinates(v, response)
+
 
 class MRIFrequencies(Frequencies):
     """k-space, real and imaginary part: K = 2; z has the zero frequency first, the grid in the middle."""
@@ -126,6 +131,9 @@ class MRIFrequencies(Frequencies):
 
     def filter(self, v: Tensor, response: Tensor) -> Tensor:
         return filtered(v, response)
+
+    def coordinates(self, v: Tensor, response: Tensor) -> Tensor:
+        return fourier(v) * response
 
 
 def frequencies_of(term: DataTerm) -> Frequencies | None:

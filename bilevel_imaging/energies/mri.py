@@ -67,9 +67,9 @@ class MRITerm(DataTerm):
     def fourier_model(self) -> FourierModel:
         return FourierModel(self.power, filtered, complex=True)
 
-    def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor]:
-        response = 1 / (self.power + shift)
-        return lambda v: filtered(v, response)
+    def whitening(self, shift: float) -> Callable[[Tensor], Tensor]:
+        response = (self.power + shift).rsqrt()
+        return lambda v: fourier(v) * response
 
 
 def fourier(x: Tensor) -> Tensor:

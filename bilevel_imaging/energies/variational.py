@@ -212,10 +212,10 @@ class VariationalProblem(LowerLevelProblem):
 
     def metric(self) -> Metric | None:
         """A^T W A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""
-        lowest = self.data.lowest + self.ridge
-        if self.constants().strong_convexity is None or bool((lowest <= 0).any()):
+        lowest, highest = self.data.lowest + self.ridge, self.data.highest
+        if self.constants().strong_convexity is None or highest is None or bool((lowest <= 0).any()):
             return None
-        inverse = self.data.shifted_inverse(self.ridge)
+        whiten = self.data.whitening(self.ridge)
         diagonal = self.data.diagonal()
         multiple = diagonal is not None and diagonal.numel() == 1
-        return None if inverse is None else Metric(inverse, lowest, multiple)
+        return None if whiten is None else Metric(whiten, lowest, highest + self.ridge, multiple)

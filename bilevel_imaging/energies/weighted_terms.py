@@ -141,10 +141,10 @@ class ScaledTerm(WeightedTerm):
         model = self.inside.fourier_model()
         return None if model is None else replace(model, power=self._scale(model.power).detach())
 
-    def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+    def whitening(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         number = float(self.number)
-        inverse = self.inside.shifted_inverse(shift / number)
-        return None if inverse is None else lambda v: inverse(v) / number
+        inside = self.inside.whitening(shift / number)
+        return None if inside is None else lambda v: inside(v) / number**0.5
 
     def mixed(self, x: Tensor) -> DataMixed:
         return _ScaledMixed(self, x)
@@ -250,9 +250,9 @@ class SpectralTerm(WeightedTerm):
     def fourier_model(self) -> FourierModel:
         return FourierModel(self._power(), self.frequencies.filter, isinstance(self.frequencies, MRIFrequencies))
 
-    def shifted_inverse(self, shift: float) -> Callable[[Tensor], Tensor]:
-        response = 1 / (self._power() + shift)
-        return lambda v: self.frequencies.filter(v, response)
+    def whitening(self, shift: float) -> Callable[[Tensor], Tensor]:
+        response = (self._power() + shift).rsqrt()
+        return lambda v: self.frequencies.coordinates(v, response)
 
     def mixed(self, x: Tensor) -> DataMixed:
         return _SpectralMixed(self, x)

@@ -113,7 +113,8 @@ class _Gradient:
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} without a solve, ``(B,)`` float64."""
-        return dual_norm(v, self.strong_convexity, self.problem.metric())
+        metric = self.problem.metric()
+        return dual_norm(norm(v).double(), self.strong_convexity, metric, lambda: metric.squared_norm(v).sqrt())
 
 
 @dataclass(frozen=True)

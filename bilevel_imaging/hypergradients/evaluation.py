@@ -18,6 +18,9 @@ from bilevel_imaging.tensors import entries, inner, norm, products
 ENERGY_SLACK = 1e-2
 # curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
 SMALL = 0.1
+# rounding of a residual that a solver measured in its own dtype, in units of the last place of ||H|| ||q|| + ||grad f||
+# and the part of the residual below which that does
+SOLVER_UNITS, UNNOTICED = 32, 1e-2
 # part of a bound below which a simpler one will do
 NEGLIGIBLE = 0.1
 
@@ -86,18 +89,9 @@ def estimate(
     parameters too many for columns of J, Euclidean bounds cost several products and are worse than the local one: they
     are left out where that holds.
     """
-    if known is not None and known.residual is not None and point.working is point.linearization:
-        residual = known.residual  # as measured by the solver, in the dtype of the evaluation
-        product = point.loss_grad - residual
-    else:
-        product = point.linearization.hvp(q)
-        residual = point.loss_grad - product
-    unit = 8 * torch.finfo(q.dtype).eps
-    q_norm = norm(q).double()
-    smoothness = point.constants.smoothness
-    size = 10 * norm(product).double() if smoothness is None else smoothness.double() * q_norm
-    rounding = unit * size + unit * point.loss_grad_norm
-    measured = norm(residual).double()
+    q_norm = point.norm(q)
+    residual, product, rounding = _residual(point, q, q_norm, known)
+    measured = point.norm(residual)
     partial = Estimate(
         point=point,
         q=q,
@@ -130,6 +124,31 @@ def estimate(
     return _certify(partial, q_norm, measured, along) if gradient else partial
 
 
+def _residual(point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | None) -> tuple[Tensor, Tensor, Tensor]:
+    """grad f - H q, H q, and a bound of the rounding of both, ``(B,)``: by a product, unless the solver has measured it
+    in the dtype of the evaluation, or in its own one and far above the rounding there."""
+    smoothness, unit = point.constants.smoothness, 8 * torch.finfo(q.dtype).eps
+    size = None if smoothness is None else smoothness.double() * q_norm
+    residual = None if known is None else known.residual
+    if residual is not None and point.working is not point.linearization:
+        rough = SOLVER_UNITS * torch.finfo(residual.dtype).eps
+        same_data = point.working_is_there and point.loss.x_true.dtype == residual.dtype
+        rounding = (
+            rough * (size + point.loss_grad_norm)
+            if same_data and size is not None
+            else torch.full_like(q_norm, torch.inf)
+        )
+        fine = bool((rounding <= UNNOTICED * known.residual_norm).all())
+        residual, unit = (residual.to(q.dtype), rough) if fine else (None, unit)
+    if residual is None:
+        product = point.linearization.hvp(q)
+        residual = point.loss_grad - product
+    else:
+        product = point.loss_grad - residual
+    size = 10 * norm(product).double() if size is None else size
+    return residual, product, unit * (size + point.loss_grad_norm)
+
+
 def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
@@ -150,7 +169,7 @@ def _directional(point: Point, q: Tensor) -> Directional | None:
     dtype = working.grad.dtype
     unit = torch.finfo(dtype).eps
     # the working point is x rounded: no pixel moved by more than this, so the ball around it holds that around x
-    moved = unit * norm(point.x).double()
+    moved = unit * point.norm(point.x)
     scale, direction = point.direction(q)
     along = working.directional(direction, ((point.distance + moved) * (1 + 4 * unit)).to(dtype))
     if along is None:
@@ -229,7 +248,7 @@ def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:
     representation = 8 * torch.finfo(e.q.dtype).eps * size * q_norm + stored * e.norm
     bounds = {"local": replace(bound, remainder=bound.remainder + representation).without_nan()}
     return replace(
-        e, bounds=bounds, rounding_share=_rounding_share(e, bounds, e.residual_norm - norm(e.residual).double())
+        e, bounds=bounds, rounding_share=_rounding_share(e, bounds, e.residual_norm - e.point.norm(e.residual))
     )
 
 
@@ -315,7 +334,7 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
     smoothness = torch.full_like(distance, float(point.loss.smoothness))
     lower, upper = certificates.corrected_value_interval(e.loss, distance, e.residual_norm, smoothness, hessian, convex)
     # the corrected value holds for the exact gradient; the measured one is off by up to point.rounding
-    off = norm(e.q).double() * point.rounding
+    off = point.norm(e.q) * point.rounding
     lower = (lower - off).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # 0 * inf where a kink is met
     upper = (upper + off).nan_to_num(nan=torch.inf, posinf=torch.inf)
     plain_lower, plain_upper = certificates.corrected_value_interval(
@@ -326,5 +345,5 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper = torch.maximum(lower, local_lower - off), torch.minimum(upper, local_upper + off)
     # rounding of sums over many pixels, on the generous side: nothing acts on a relative 1e-10 of the loss
     relative = max(16 * torch.finfo(e.q.dtype).eps, 1e-10)
-    unit = relative * (point.loss_value.abs() + norm(e.q).double() * point.grad_norm)
+    unit = relative * (point.loss_value.abs() + point.norm(e.q) * point.grad_norm)
     return torch.maximum(lower, plain_lower) - unit, torch.minimum(upper, plain_upper) + unit

@@ -22,7 +22,7 @@ from bilevel_imaging.tensors import as_per_sample, norm
 CERTIFICATES = ("auto", "classical", "directional", "metric", "local", "polished")
 MAX_CORRECTIONS = 10
 # with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
-FIRST_ERROR, FIRST_RESIDUAL = 3e-4, 0.5
+FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 3e-4, 0.5, 1 / 3
 # the same, at most, where the parameters are too many for columns of J
 FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-4, 64
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
@@ -162,7 +162,7 @@ def _total(current: Estimate, names: tuple[str, ...]) -> float:
     if not names:
         return float("inf")
     total = float(current.best(names)[0].mean())
-    if "directional" in names and current.component_bounds is not None:
+    if current.component_bounds is not None and "directional" in names:
         total = min(total, float(current.component_bounds.mean(0).norm()))
     return total if total == total else float("inf")
 
@@ -217,6 +217,9 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
         # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
         first_error, first_residual = min(first_error, FIRST_ERROR_MANY), min(first_residual, FIRST_RESIDUAL_MANY)
+    elif (metric := problem.metric()) is not None:
+        # most of G is not where M is smallest: x is much nearer than ||G|| / mu says
+        size = size * (metric.highest / metric.lowest).pow(FIRST_SPREAD).to(size.dtype)
     current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True, aim=goal.aim)
     if not current.bounds and current.point.reason:
         return current, ""  # no constants to measure the accuracy with

@@ -13,21 +13,20 @@ from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, M
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
-from bilevel_imaging.tensors import norm, per_sample, units
+from bilevel_imaging.tensors import inner, norm, per_sample, units
 
 
 def dual_norm(
-    v: Tensor, strong_convexity: Tensor, metric: Metric | None, metric_norm: Callable[[Tensor], Tensor] | None = None
+    size: Tensor, strong_convexity: Tensor, metric: Metric | None, metric_norm: Callable[[], Tensor]
 ) -> Tensor:
     """Bound of ||v||_{H^-1} at any x, without a solve: ||v||_{M^-1}, or ||v|| / sqrt(mu), ``(B,)`` float64.
 
-    ``metric_norm``: what knows ||v||_{M^-1}.
+    ``size``, ``metric_norm``: ||v||, and what makes ||v||_{M^-1}.
     """
-    plain = norm(v).double() / lowest_multiple(strong_convexity, metric).sqrt()
+    plain = size / lowest_multiple(strong_convexity, metric).sqrt()
     if metric is None or metric.multiple:
         return plain
-    size = metric.squared_norm(v).sqrt() if metric_norm is None else metric_norm(v)
-    return torch.minimum(plain, size * (1 + 1e-12))
+    return torch.minimum(plain, metric_norm() * (1 + 1e-12))
 
 
 def lowest_multiple(strong_convexity: Tensor, metric: Metric | None) -> Tensor:
@@ -35,10 +34,15 @@ def lowest_multiple(strong_convexity: Tensor, metric: Metric | None) -> Tensor:
     return strong_convexity if metric is None else torch.maximum(strong_convexity, metric.lowest)
 
 
+# images whose norms a point keeps: x, G, grad f, q, a residual
+REMEMBERED = 6
+
+
 class Point:
     """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``.
 
-    ``working`` is a linearization at x for solvers, in the dtype of the data; by default the same as that of the point.
+    ``working`` is a linearization for solvers, in the dtype of the data; by default the same as that of the point.
+    ``working_is_there`` says that it is at x itself, not at x rounded.
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
     A randomized bound made here appends the probability that it fails to ``failures``.
     """
@@ -49,24 +53,36 @@ class Point:
         loss: LossOracle,
         x: Tensor,
         working: Linearization | None = None,
+        working_is_there: bool = False,
         gradient_energy: Tensor | None = None,
         failures: list[float] | None = None,
     ):
         self.problem, self.loss, self.x = problem, loss, x
         self.linearization = problem.linearize(x)
         self.working = self.linearization if working is None else working
+        self.working_is_there = working_is_there
         self.constants = self.linearization.constants
         self.gradient = self.linearization.grad
         self.loss_value = loss.value(x).double()
         self.loss_grad = loss.grad(x)
         self.rounding = problem.gradient_rounding(x).double()
-        self.loss_grad_norm = norm(self.loss_grad).double()
-        self.measured_grad_norm = norm(self.gradient).double()
+        self._norms: list[tuple[Tensor, Tensor]] = []
+        self.loss_grad_norm = self.norm(self.loss_grad)
+        self.measured_grad_norm = self.norm(self.gradient)
         self.grad_norm = self.measured_grad_norm + self.rounding
         self.gradient_energy = gradient_energy
         self.failures = [] if failures is None else failures
         self._direction: tuple[Tensor, Tensor, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor] | None = None
+
+    def norm(self, v: Tensor) -> Tensor:
+        """||v||, ``(B,)`` float64; those of the latest images are remembered."""
+        for image, size in self._norms:
+            if image is v:
+                return size
+        size = norm(v).double()
+        self._norms = [*self._norms[-REMEMBERED + 1 :], (v, size)]
+        return size
 
     @cached_property
     def ball_constants(self) -> Constants:
@@ -145,25 +161,33 @@ class Point:
         if v is self.gradient:
             return self._gradient_metric_norm
         if self._measured is None or self._measured[0] is not v:
-            self._measured = v, self._energy_metric.squared_norm(v).sqrt()
+            self._measured = v, self._metric_norm(v)
         return self._measured[1]
+
+    def _metric_norm(self, v: Tensor) -> Tensor:
+        metric = self._energy_metric
+        return self.norm(v) / metric.lowest.sqrt() if metric.multiple else metric.squared_norm(v).sqrt()
 
     @cached_property
     def _gradient_metric_norm(self) -> Tensor:
-        return self._energy_metric.squared_norm(self.gradient).sqrt()
+        return self._metric_norm(self.gradient)
 
     @cached_property
-    def _scaled_columns(self) -> Tensor:
-        """M^{-1} J, ``(B, n, *image)``."""
-        return torch.stack([self._energy_metric.inverse(column) for column in self.columns.unbind(1)], 1)
+    def _gram(self) -> Tensor:
+        """J^T M^{-1} J, ``(B, n, n)`` float64."""
+        white = [self._energy_metric.whiten(column) for column in self.columns.unbind(1)]
+        gram = self.columns.new_empty((len(self.columns), len(white), len(white)), dtype=torch.float64)
+        for j, column in enumerate(white):
+            for k, other in enumerate(white[: j + 1]):
+                gram[:, j, k] = gram[:, k, j] = inner(column, other).double()
+        return gram
 
     @cached_property
     def metric_mixed_norm(self) -> Tensor:
         """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64."""
         if self.metric.multiple:
             return self.mixed_norm / self.metric.lowest.sqrt()
-        gram = self.columns.flatten(2).double() @ self._scaled_columns.flatten(2).double().transpose(1, 2)
-        return torch.linalg.eigvalsh(0.5 * (gram + gram.transpose(1, 2)))[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
+        return torch.linalg.eigvalsh(self._gram)[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
 
     @cached_property
     def distance(self) -> Tensor:
@@ -177,7 +201,8 @@ class Point:
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
-        return dual_norm(v, self.constants.strong_convexity.double(), self._energy_metric, self.metric_norm)
+        mu = self.constants.strong_convexity.double()
+        return dual_norm(self.norm(v), mu, self._energy_metric, lambda: self.metric_norm(v))
 
     @cached_property
     def dual_grad_norm(self) -> Tensor:
@@ -215,7 +240,7 @@ class Point:
         """Powers of two s ``(B,)`` and q / s in the dtype of the data: what is homogeneous in q is evaluated there, and
         squares of a tiny q must not underflow to a bound of 0. The latest is remembered."""
         if self._direction is None or self._direction[0] is not q:
-            scale = units(norm(q), q)
+            scale = units(self.norm(q), q)
             direction = (q if scale is None else q / per_sample(scale, q)).to(self.working.grad.dtype)
             self._direction = q, q.new_ones(len(q)) if scale is None else scale, direction
         return self._direction[1:]
@@ -243,7 +268,6 @@ class Point:
         mu, metric = self.constants.strong_convexity.double(), self._energy_metric
         norms = self.column_norms / lowest_multiple(mu, metric).sqrt().unsqueeze(1)
         if metric is not None and not metric.multiple:
-            squares = (self.columns * self._scaled_columns).flatten(2).sum(2).double().clamp(min=0)
-            norms = torch.minimum(norms, squares.sqrt() * (1 + 1e-12))
+            norms = torch.minimum(norms, self._gram.diagonal(dim1=1, dim2=2).sqrt() * (1 + 1e-12))
         own = self.linearization.mixed_energy_norms()
         return norms if own is None else torch.minimum(norms, own)

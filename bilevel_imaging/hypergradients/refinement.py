@@ -110,9 +110,7 @@ class Refiner:
             latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, rhs), q0=solution.q)
             self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
         elif float(part.mean()) > left:
-            self.linear_solution = self.linear.resume(
-                point.working, rhs, solution, self._attainable(residual_tol, rhs)
-            )
+            self.linear_solution = self.linear.resume(point.working, rhs, solution, self._attainable(residual_tol, rhs))
         return point
 
     def point(self, x: Tensor) -> Point:
@@ -120,7 +118,8 @@ class Refiner:
         if self.exact is self.problem:
             return Point(self.exact, self.loss, x, failures=self.failures)
         working = self.problem.linearize(x.to(self.problem.dtype))
-        return Point(self.exact, self.loss, x.to(self.exact.dtype), working, failures=self.failures)
+        there = x.dtype == self.problem.dtype
+        return Point(self.exact, self.loss, x.to(self.exact.dtype), working, there, failures=self.failures)
 
     @staticmethod
     def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:

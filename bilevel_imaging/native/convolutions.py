@@ -34,6 +34,10 @@ class SeparableConvolution:
         function("convolution_product", v.dtype)(pointer(v), pointer(self.filters), pointer(z), *sizes, threads())
         return z
 
+    def transposed(self) -> SeparableConvolution:
+        """K^T."""
+        return SeparableConvolution(self.filters.flip(-1))
+
     def of(self, index: Tensor) -> SeparableConvolution:
         """That of the samples ``index``."""
         return SeparableConvolution(self.filters[index])

@@ -25,8 +25,8 @@ from bilevel_imaging.upper_level import Samples, SamplingPenalty, SquaredError
 
 # images solved together at most, so that memory does not grow with the data set
 DEFAULT_BATCH = 64
-# passes over the batches until the bound of the mean meets the relative accuracy asked for; in the first one every batch
-# of several has a goal relative to this part of the norm of the last hypergradient
+# passes over the batches until the bound of the mean meets the relative accuracy asked for; in the first one, every
+# batch of several has a goal relative to this part of the norm of the last hypergradient
 MAX_PASSES, EXPECTED_NORM = 4, 0.5
 
 

@@ -1,0 +1,105 @@
+"""How accuracy is spent: one evaluation where the lower level dominates, residuals of the solver, goals of batches."""
+
+from __future__ import annotations
+
+import copy
+
+import deepinv
+import pytest
+import torch
+
+import bilevel_imaging as bi
+from bilevel_imaging.data import ImagePairs
+from bilevel_imaging.energies.problem import CountedLinearization
+from bilevel_imaging.hypergradients import refinement
+from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.linear_solvers import ConjugateGradient
+from bilevel_imaging.lower_solvers import NewtonCG
+from bilevel_imaging.tensors import norm
+
+F32, F64 = torch.float32, torch.float64
+
+
+def photographs(dtype: torch.dtype, size: int = 40) -> torch.Tensor:
+    images = bi.data.photographs(part="train").values()
+    return torch.stack([image[:1, 60 : 60 + size, 60 : 60 + size] for image in images][:3]).to(dtype)
+
+
+def deblurring(dtype: torch.dtype) -> tuple[bi.VariationalEnergy, torch.Tensor, torch.Tensor, deepinv.physics.Physics]:
+    x_true = photographs(dtype)
+    kernel = deepinv.physics.functional.gaussian_blur(sigma=1.0).to(dtype)
+    physics = deepinv.physics.BlurFFT(img_size=x_true.shape[1:], filter=kernel)
+    y = physics.A(x_true) + 0.02 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    energy = bi.VariationalEnergy(bi.TotalVariation(weight=3e-3, smoothing=0.01), ridge=1e-3)
+    return energy, x_true, y, physics
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("relative", [0.3, 0.1, 0.01])
+def test_one_evaluation_is_enough_where_the_lower_level_dominates(dtype, relative, monkeypatch):
+    energy, x_true, y, physics = deblurring(dtype)
+    evaluations = []
+
+    def counted(*args, **kwargs):
+        evaluations.append(refined(*args, **kwargs))
+        return evaluations[-1]
+
+    refined = refinement.estimate
+    monkeypatch.setattr(refinement, "estimate", counted)
+    h = bi.hypergradient(energy.bind(y, physics), bi.SquaredError(), x_true, relative=relative)
+    assert h.certified and h.bound <= relative * h.norm
+    assert len(evaluations) == 1
+
+
+@pytest.mark.parametrize(("residual_tol", "needed", "slack"), [(0.3, 0, 1.02), (1e-4, 1, 4)])
+def test_residuals_of_the_solver_are_bounded_with_their_rounding(residual_tol, needed, slack, monkeypatch):
+    """Float32 solves far above their rounding need no product in float64, and still say what H q leaves."""
+    energy, x_true, y, physics = deblurring(F32)
+    problem, dtypes = energy.bind(y, physics), []
+
+    def watched(self, v):
+        dtypes.append(v.dtype)
+        return product(self, v)
+
+    product = CountedLinearization.hvp
+    monkeypatch.setattr(CountedLinearization, "hvp", watched)
+    oracle = LossOracle(bi.SquaredError(), x_true, y.shape)
+    result = refinement.Refiner(problem, oracle, NewtonCG(), ConjugateGradient()).solve(None, None, 1e-2, residual_tol)
+    assert dtypes.count(F64) == needed
+    true = norm(result.point.loss_grad - result.point.linearization.hvp(result.q))
+    assert bool((true <= result.residual_norm).all()) and bool((result.residual_norm <= slack * true).all())
+
+
+def two_batches() -> bi.BilevelObjective:
+    """Of two images each, the gradients of which differ a lot."""
+    x = photographs(F64, 24)[:2].repeat(2, 1, 1, 1)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    y = x + noise * torch.tensor([0.1, 0.1, 0.01, 0.01], dtype=F64).reshape(4, 1, 1, 1)
+    energy = bi.VariationalEnergy(bi.TotalVariation(weight=0.05, smoothing=0.02))
+    pairs = ImagePairs(list("abcd"), list(x), list(y), lambda shape: deepinv.physics.Denoising())
+    return bi.BilevelObjective(energy, pairs, batch_size=2)
+
+
+def test_batches_share_the_goal_of_their_mean(monkeypatch):
+    objective = two_batches()
+    asked = []
+
+    def watched(self, chunk, accuracy):
+        asked.append(accuracy)
+        return solved(self, chunk, accuracy)
+
+    solved = bi.BilevelObjective._solved
+    monkeypatch.setattr(bi.BilevelObjective, "_solved", watched)
+    first = objective.hypergradient(relative=0.1)
+    assert asked[0] == {"relative": 0.1}
+    state, known = copy.deepcopy(objective.state_dict()), len(asked)
+    second = objective.hypergradient(relative=0.1)
+    assert asked[known:] == 2 * [{"bound_tol": pytest.approx(0.1 * 0.5 * first.norm)}]
+    assert second.certified and second.bound <= 0.1 * second.norm
+    # a continued run asks for the same
+    again = two_batches()
+    again.load_state_dict(state)
+    known = len(asked)
+    third = again.hypergradient(relative=0.1)
+    assert asked[known:] == asked[known - 2 : known]
+    assert all(torch.equal(third.grad[name], g) for name, g in second.grad.items())
