@@ -467,6 +467,11 @@ def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics)
                 allowed = problem.gradient_rounding(x).double()
                 worst = float((error / allowed.clamp(min=1e-300)).detach().max())
                 assert bool((error <= allowed).all()), (kind, weight, smoothing, worst)
+                coarse = problem.coarse_gradient_rounding(x)
+                if coarse is not None:  # taken where nobody notices
+                    assert bool((allowed <= coarse * (1 + 1e-6)).all()), (kind, weight, smoothing)
+                    assert torch.equal(problem.gradient_rounding_beside(x, 2e3 * coarse), coarse)
+                    assert torch.equal(problem.gradient_rounding_beside(x, coarse), allowed)
 
 
 @declared_pairs

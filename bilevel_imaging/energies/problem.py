@@ -23,6 +23,10 @@ from bilevel_imaging.native import Descent, Stencil
 __all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
 
 
+# part of a gradient norm or of a tolerance in which nobody notices a rounding error
+NEGLIGIBLE = 1e-3
+
+
 class LowerLevelProblem(abc.ABC):
     """B strongly convex problems ``min_x g_i(x; theta)``, solved together and independently of each other.
 
@@ -90,6 +94,18 @@ class LowerLevelProblem(abc.ABC):
         of the largest terms that are added up. Subclasses sharpen it."""
         unit = torch.finfo(self.dtype).eps
         return 8 * unit * x.flatten(1).norm(dim=1)
+
+    def coarse_gradient_rounding(self, x: Tensor) -> Tensor | None:
+        """A larger bound that costs much less, ``(B,)``, or ``None``."""
+        return None
+
+    def gradient_rounding_beside(self, x: Tensor, size: Tensor) -> Tensor:
+        """A bound of the rounding error in ``grad(x)``, ``(B,)``: the coarse one where it is negligible beside ``size``
+        ``(B,)``."""
+        coarse = self.coarse_gradient_rounding(x)
+        if coarse is not None and bool((coarse <= NEGLIGIBLE * size).all()):
+            return coarse
+        return self.gradient_rounding(x)
 
     def metric(self) -> Metric | None:
         """A matrix below every Hessian that is cheap to invert, or ``None``."""

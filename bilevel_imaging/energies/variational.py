@@ -190,7 +190,14 @@ class VariationalProblem(LowerLevelProblem):
         return other
 
     def gradient_rounding(self, x: Tensor) -> Tensor:
-        scale = self.data.gradient_scale(x.detach()) + self.regularizer.gradient_scale(x)
+        return self._gradient_rounding(x, self.regularizer.gradient_scale(x))
+
+    def coarse_gradient_rounding(self, x: Tensor) -> Tensor | None:
+        size = self.regularizer.coarse_gradient_scale(x)
+        return None if size is None else self._gradient_rounding(x, size)
+
+    def _gradient_rounding(self, x: Tensor, scale: Tensor) -> Tensor:
+        scale = self.data.gradient_scale(x.detach()) + scale
         if self.ridge:
             scale = scale + self.ridge * x.detach().double().flatten(1).norm(dim=1)
         return 4 * torch.finfo(self.dtype).eps * scale

@@ -108,7 +108,7 @@ def estimate(
     )
     if point.value_reason:
         return partial
-    local = _local(point, q, product, residual, rounding, known, gradient)
+    local = None if point.plain else _local(point, q, product, residual, rounding, known, gradient)
     if thrifty and gradient and point.columns is None and local is not None and bool(local.valid.all()):
         partial = replace(partial, hessian=torch.full_like(measured, torch.inf), local=local)
         partial = replace(partial, loss_interval=_loss_interval(partial, partial.hessian))
@@ -186,7 +186,7 @@ def _directional(point: Point, q: Tensor) -> Directional | None:
 
 def _along(point: Point, q: Tensor, q_norm: Tensor) -> tuple[Tensor, Directional | None]:
     """Lambda_H(q) on the ball, from the linearization or from the global constant."""
-    along = _directional(point, q)
+    along = None if point.plain else _directional(point, q)
     if along is None:
         return point.ball_constants.hessian_lipschitz.double() * q_norm, None
     return along.hessian.double(), along
@@ -205,11 +205,10 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         mixed_lipschitz=constants.mixed_lipschitz.double(),
         loss_smoothness=loss_smoothness,
     )
-    bounds = {
-        "classical": certificates.classical(m, point.loss_grad_norm, constants.hessian_lipschitz.double()),
-        "directional": certificates.directional(m, hessian, mixed),
-    }
-    if point.metric is not None:
+    bounds = {"classical": certificates.classical(m, point.loss_grad_norm, constants.hessian_lipschitz.double())}
+    if not point.plain:
+        bounds["directional"] = certificates.directional(m, hessian, mixed)
+    if not point.plain and point.metric is not None:
         bounds["metric"] = _metric_bound(e, m, e.residual_norm - measured, mixed)
     local_components = None
     if e.local is not None:
@@ -294,7 +293,7 @@ def _local(
 def forecast(point: Point, rhs: Tensor, solution: LinearSolution) -> LocalMeasurements | None:
     """What an evaluation would measure in the norm of the Hessian, before rounding: ``None`` where that is not known
     cheaply, from the columns of J and the residual of a solve of H q = ``rhs`` at the point."""
-    if solution.residual is None or point.value_reason or point.columns is None:
+    if solution.residual is None or point.plain or point.value_reason or point.columns is None:
         return None
     product, none = rhs - solution.residual, torch.zeros_like(point.rounding)
     return _local(point, solution.q, product, solution.residual, none, solution, gradient=True)

@@ -68,9 +68,9 @@ def hypergradient(
         bound_tol: the same with an absolute goal: refine both until bound <= bound_tol.
         x0: warm start of x, ``(B, *image)``.
         q0: warm start of q.
-        certificate: "classical", "directional", "metric", "polished" (Newton corrections until the estimate is
-            certified to 1 % and both its error and that of the estimate before them are known almost exactly), or
-            "auto" (the smallest that the work already done gives).
+        certificate: "classical" (the cheapest, and far too large at rough accuracies), "directional", "metric",
+            "polished" (Newton corrections until the estimate is certified to 1 % and both its error and that of the
+            estimate before them are known almost exactly), or "auto" (the smallest that the work already done gives).
         max_rounds: limit of refinement rounds with ``relative``.
 
     Raises:
@@ -81,7 +81,8 @@ def hypergradient(
     oracle = LossOracle(loss, x_true, problem.shape)
     linear = ConjugateGradient(preconditioner="auto") if linear is None else linear
     thrifty = certificate in ("auto", "polished")
-    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear, thrifty=thrifty)
+    plain = certificate == "classical"
+    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear, thrifty=thrifty, plain=plain)
     names = ("classical", "directional", "metric", "local") if certificate in ("auto", "polished") else (certificate,)
     polished_from, verifier = None, None
     reason = ""
@@ -268,7 +269,10 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
             verified_by = (verifier.grad, best_bound)
             bound = min(bound, _distance(verifier, current) + best_bound)
     lower, upper = (float(end.mean()) for end in (current if verifier is None else verifier).loss_interval)
-    x = current.point.x.to(problem.dtype)
+    point = current.point
+    x, q = point.x.to(problem.dtype), current.q.to(problem.dtype)
+    # float32 data round the x that is returned
+    moved = 0.0 if point.working_is_there else norm(x.to(point.x.dtype) - point.x).double()
     return Hypergradient(
         grad=current.grad,
         bound=bound,
@@ -285,15 +289,14 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
         loss_interval=(lower, upper),
         sample_bounds=sample_bounds,
         x=x,
-        q=current.q.to(problem.dtype),
+        q=q,
         lower=replace(
             refiner.lower_solution,
             x=x,
-            grad_norm=current.point.measured_grad_norm,
-            # of the x returned, which float32 data round
-            distance_bound=current.point.distance + norm(x.to(current.point.x.dtype) - current.point.x).double(),
+            grad_norm=point.measured_grad_norm,
+            distance_bound=point.distance + moved,
         ),
-        linear=replace(refiner.linear_solution, q=current.q.to(problem.dtype), residual_norm=current.residual_norm),
+        linear=replace(refiner.linear_solution, q=q, residual_norm=current.residual_norm),
         cost=cost,
         failure_probability=sum(refiner.failures),
     )

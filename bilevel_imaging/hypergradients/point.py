@@ -44,6 +44,7 @@ class Point:
     ``working`` is a linearization for solvers, in the dtype of the data; by default the same as that of the point.
     ``working_is_there`` says that it is at x itself, not at x rounded.
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
+    ``plain``: no more than the classical certificate needs, which takes ||G|| / mu for the distance.
     A randomized bound made here appends the probability that it fails to ``failures``.
     """
 
@@ -56,19 +57,21 @@ class Point:
         working_is_there: bool = False,
         gradient_energy: Tensor | None = None,
         failures: list[float] | None = None,
+        plain: bool = False,
     ):
         self.problem, self.loss, self.x = problem, loss, x
         self.linearization = problem.linearize(x)
         self.working = self.linearization if working is None else working
         self.working_is_there = working_is_there
+        self.plain = plain
         self.constants = self.linearization.constants
         self.gradient = self.linearization.grad
         self.loss_value = loss.value(x).double()
         self.loss_grad = loss.grad(x)
-        self.rounding = problem.gradient_rounding(x).double()
         self._norms: list[tuple[Tensor, Tensor]] = []
         self.loss_grad_norm = self.norm(self.loss_grad)
         self.measured_grad_norm = self.norm(self.gradient)
+        self.rounding = problem.gradient_rounding_beside(x, self.measured_grad_norm).double()
         self.grad_norm = self.measured_grad_norm + self.rounding
         self.gradient_energy = gradient_energy
         self.failures = [] if failures is None else failures
@@ -195,6 +198,8 @@ class Point:
         if self.constants.strong_convexity is None:
             return torch.full_like(self.grad_norm, torch.inf)
         bound = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
+        if self.plain:
+            return bound
         if self._energy_metric is not None:  # asks for no column of J, which a value has no use for
             bound = torch.minimum(bound, self.metric_grad_norm / self._energy_metric.lowest.sqrt())
         return torch.minimum(bound, self.energy_distance / self.constants.strong_convexity.double().sqrt())

@@ -46,9 +46,10 @@ class Refiner:
         linear: LinearSolver,
         *,
         thrifty: bool = False,
+        plain: bool = False,
     ):
         exact = problem.double()
-        self.thrifty = thrifty
+        self.thrifty, self.plain = thrifty, plain
         self.problem, self.loss, self.lower, self.linear = problem, loss, lower, linear
         self.exact = problem if exact is None else exact
         self.newton_solver = ConjugateGradient(preconditioner="auto")
@@ -116,10 +117,11 @@ class Refiner:
     def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
         if self.exact is self.problem:
-            return Point(self.exact, self.loss, x, failures=self.failures)
+            return Point(self.exact, self.loss, x, failures=self.failures, plain=self.plain)
         working = self.problem.linearize(x.to(self.problem.dtype))
         there = x.dtype == self.problem.dtype
-        return Point(self.exact, self.loss, x.to(self.exact.dtype), working, there, failures=self.failures)
+        exact = x.to(self.exact.dtype)
+        return Point(self.exact, self.loss, exact, working, there, failures=self.failures, plain=self.plain)
 
     @staticmethod
     def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:

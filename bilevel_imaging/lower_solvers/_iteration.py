@@ -57,7 +57,7 @@ class Run:
         self.knows_smoothness = bool(self.smoothness.isfinite().all())
         self.tol = as_per_sample(error_tol, self.x, "error_tol") * torch.where(mu > 0, mu, torch.ones_like(mu))
         # what is certified is the measured gradient plus its rounding errors
-        rounding = problem.gradient_rounding(self.x).to(self.tol)
+        rounding = problem.gradient_rounding_beside(self.x, self.tol).to(self.tol)
         self.tol = self.tol - torch.minimum(torch.where(mu > 0, rounding, 0.0), 0.5 * self.tol)
         self.index = torch.arange(mu.shape[0], device=mu.device)
         self.count = 0
@@ -155,7 +155,7 @@ class Run:
             converged.tolist(), self._results["active"].tolist(), self._results["stagnated"].tolist(), strict=True
         )
         certified = (mu > 0) & size.isfinite()
-        rounding = self._full_problem.gradient_rounding(self._results["x"]).to(size)
+        rounding = self._full_problem.gradient_rounding_beside(self._results["x"], size).to(size)
         return LowerSolution(
             x=self._results["x"],
             grad_norm=size,

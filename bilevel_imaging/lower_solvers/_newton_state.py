@@ -58,7 +58,7 @@ def within_rounding(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor) ->
     if mu is None:
         return torch.full_like(error_tol, torch.inf), error_tol
     curvature = mu.to(error_tol).expand_as(error_tol).clone()
-    rounding = problem.gradient_rounding(x).to(error_tol) / curvature
+    rounding = problem.gradient_rounding_beside(x, curvature * error_tol).to(error_tol) / curvature
     return curvature, error_tol - torch.minimum(rounding, 0.5 * error_tol)
 
 
@@ -85,7 +85,7 @@ def _at_floor(problem: LowerLevelProblem, state: NewtonState) -> Tensor:
 def solution_of(problem: LowerLevelProblem, state: NewtonState) -> LowerSolution:
     size = torch.where(state.best_size.isfinite(), state.best_size, torch.inf)
     mu = problem.constants().strong_convexity
-    rounding = problem.gradient_rounding(state.best_x).to(size)
+    rounding = problem.gradient_rounding_beside(state.best_x, size).to(size)
     bound = torch.full_like(size, torch.inf) if mu is None else (size + rounding) / mu.to(size)
     return LowerSolution(
         x=state.best_x,

@@ -104,6 +104,10 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         with torch.no_grad():
             return self.grad(x.detach()).double().flatten(1).norm(dim=1)
 
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor | None:
+        """A bound of ``gradient_scale(x)`` that costs much less, ``(B,)`` float64, or ``None``."""
+        return None
+
     def subset(self, index: Tensor) -> Regularizer:
         """The regularizer for the samples ``index`` (int64) of a batch: the same, unless it depends on the sample."""
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -180,14 +180,22 @@ class NoiseConditional(Regularizer):
             "; ".join(filter(None, [inside.reason, unknown if self.log_scales.requires_grad and far is None else ""])),
         )
 
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor | None:
+        return self._gradient_scale(x, self.regularizer.coarse_gradient_scale)
+
     def gradient_scale(self, x: Tensor) -> Tensor:
+        return self._gradient_scale(x, self.regularizer.gradient_scale)
+
+    def _gradient_scale(self, x: Tensor, inside: Callable[[Tensor], Tensor | None]) -> Any:
         with torch.no_grad():
             x = x.detach()
             weight, scale, _ = self.factors(len(x))
-            size = weight * self.regularizer.gradient_scale(per_sample(scale.to(x), x) * x)
+            size = inside(per_sample(scale.to(x), x) * x)
+            if size is None:
+                return None
             smoothness = self.constants(x.shape).smoothness
             # s x is rounded by two halves of the last place, where R takes its argument for exact
-            return size if smoothness is None else size + 0.25 * smoothness * norm(x).double()
+            return weight * size if smoothness is None else weight * size + 0.25 * smoothness * norm(x).double()
 
 
 def hat_functions(nodes: Tensor, points: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import copy
+import math
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -16,6 +18,31 @@ from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, Par
 from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
 from bilevel_imaging.regularizers.profiles import Profile
 from bilevel_imaging.regularizers.ridge_linearization import RidgeLinearization
+from bilevel_imaging.tensors import norm
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What holds for every image, float64 scalars: Lipschitz constants of the gradient and of the Hessian, and
+    ``slope`` ||x|| + ``offset`` (number of pixels)^(1/2) >= ``gradient_scale(x)``."""
+
+    smoothness: Tensor
+    lipschitz: Tensor
+    slope: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, bank: FilterBank, profile: Profile) -> _Limits:
+        curvature, absolute = profile.curvature_limit, bank.absolute
+        at_zero = profile.slope(curvature.new_zeros((1, 1, 1, len(curvature)))).flatten().abs()
+        sums = absolute.kernels.flatten(1).sum(1)
+        return cls(
+            smoothness=bank.squared_norm(curvature),
+            lipschitz=bank.squared_norm(profile.third_limit * bank.row_norms()),
+            # |psi'(t)| <= |psi'(0)| + sup psi'' |t|, and as much again for the rounding of responses
+            slope=2.01 * absolute.squared_norm(curvature),
+            offset=1.01 * bank.extension * (at_zero * sums).sum(),
+        )
 
 
 class RidgeRegularizer(Regularizer):
@@ -57,6 +84,7 @@ class RidgeRegularizer(Regularizer):
             nn.Parameter(layer.double(), requires_grad=learn_filters) for layer in filters
         )
         self._frozen: dict[tuple[torch.dtype, str, int], tuple[Tensor, FilterBank, Profile]] = {}
+        self._known: tuple[Profile, _Limits] | None = None
 
     @property
     def channels(self) -> int:
@@ -151,7 +179,7 @@ class RidgeRegularizer(Regularizer):
         return self._frozen[key][1:]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": {}}
+        return {**self.__dict__, "_frozen": {}, "_known": None}
 
     def _planes(self, x: Tensor) -> int:
         """How often the filters are applied to an image: once, or to every channel if they have one."""
@@ -188,18 +216,26 @@ class RidgeRegularizer(Regularizer):
         with torch.no_grad():
             return RidgeLinearization(self, x.detach())
 
-    def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
+    @property
+    def _limits(self) -> _Limits:
         like = self.filter_layers[0].new_empty((1, self.channels, 1, 1), dtype=torch.float64)
         bank, profile = self.frozen(like)
-        batch = (shape[0],)
-        smoothness = bank.squared_norm(profile.curvature_limit)
-        lipschitz = bank.squared_norm(profile.third_limit * bank.row_norms())
+        if self._known is None or self._known[0] is not profile:
+            self._known = profile, _Limits.of(bank, profile)
+        return self._known[1]
+
+    def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
+        batch, limits = (shape[0],), self._limits
         return Constants(
-            strong_convexity=torch.zeros_like(smoothness).expand(batch),
-            smoothness=smoothness.expand(batch),
-            hessian_lipschitz=lipschitz.expand(batch),
+            strong_convexity=torch.zeros_like(limits.smoothness).expand(batch),
+            smoothness=limits.smoothness.expand(batch),
+            hessian_lipschitz=limits.lipschitz.expand(batch),
             reason="" if not self.trainable() else "the mixed derivative of filters is bounded near a point only",
         )
+
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor:
+        limits, pixels = self._limits, math.prod(x.shape[-2:]) * self._planes(x)
+        return limits.slope * norm(x.detach()).double() + limits.offset * math.sqrt(pixels)
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -90,6 +90,10 @@ class Sum(Regularizer):
             "; ".join(reasons),
         )
 
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor | None:
+        parts = [part.coarse_gradient_scale(x) for part in self.regularizers]
+        return None if any(part is None for part in parts) else torch.stack(parts).sum(0)
+
     def gradient_scale(self, x: Tensor) -> Tensor:
         return torch.stack([part.gradient_scale(x) for part in self.regularizers]).sum(0)
 
@@ -153,6 +157,10 @@ class Scaled(Regularizer):
             inside = result.mixed_lipschitz if self.regularizer.trainable() else torch.zeros_like(result.smoothness)
             mixed = None if inside is None else torch.hypot(result.smoothness, inside)
         return replace(result, mixed_norm=None, mixed_lipschitz=mixed)
+
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor | None:
+        inside = self.regularizer.coarse_gradient_scale(x)
+        return None if inside is None else self.log_weight.detach().double().exp() * inside
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         return self.log_weight.detach().double().exp() * self.regularizer.gradient_scale(x)

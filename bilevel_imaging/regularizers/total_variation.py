@@ -131,6 +131,10 @@ class TotalVariation(Regularizer):
         """||D||_{2 -> inf} over the groups under one root: largest norm of the rows of one group."""
         return math.sqrt(3) if self.isotropic else math.sqrt(2)
 
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor:
+        size = math.sqrt(16 * math.prod(x.shape[1:]))  # of two differences at most in every pixel, each at most 1
+        return (self.log_weight.detach().double().exp() * size).expand(len(x))
+
     def gradient_scale(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             weight, smoothing = self._parameters_like(x)

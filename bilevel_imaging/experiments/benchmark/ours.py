@@ -31,11 +31,15 @@ def ladders(task: Task, compiled: bool = False) -> list[Ladder]:
         (f"error_tol={e:g}, residual_tol={share:g} ||grad f||", {"error_tol": e, "residual_tol": share * size})
         for e, share in PAIRS
     ]
+    classical = [
+        (f"{name}, classical certificate", request | {"certificate": "classical"}) for name, request in fixed + pairs
+    ]
     polished = [(f"error_tol={e:g}", {"error_tol": e, "certificate": "polished"}) for e in ERROR_TOLS]
     return [
         Ladder("certified", partial(_settings, task, compiled, relative)),
         Ladder("fixed accuracy", partial(_settings, task, compiled, fixed)),
         Ladder("two accuracies", partial(_settings, task, compiled, pairs)),
+        Ladder("fixed accuracy, classical certificate", partial(_settings, task, compiled, classical)),
         Ladder("polished", partial(_settings, task, compiled, polished)),
     ]
 
