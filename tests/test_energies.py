@@ -677,3 +677,24 @@ def test_deepinv_optimizers_reach_our_minimizer(regularizer, algorithm):
     ours = bi.lower_solvers.NewtonCG().solve(case.problem, None, 1e-12).x
     assert float(norm(x - ours).max()) <= 1e-7 * float(norm(ours).max())
     assert not case.y.requires_grad
+
+
+def test_constants_follow_parameters_changed_in_any_way():
+    regularizer = bi.TotalVariation(weight=0.1, smoothing=0.1)
+    y = torch.rand(2, 1, 5, 6, dtype=F64)
+    problem = bi.VariationalEnergy(regularizer).bind(y, deepinv.physics.Denoising())
+    assert problem.constants() is problem.constants()
+    for change in (
+        lambda: regularizer.log_weight.data.fill_(1.0),
+        lambda: regularizer.log_smoothing.detach().sub_(0.5),
+        lambda: setattr(regularizer, "log_weight", torch.nn.Parameter(torch.tensor(2.0, dtype=F64))),
+        lambda: regularizer.log_smoothing.requires_grad_(False),
+    ):
+        change()
+        fresh = bi.TotalVariation(
+            regularizer.log_weight.exp().item(), regularizer.log_smoothing.exp().item(),
+            learn_smoothing=regularizer.log_smoothing.requires_grad,
+        )  # fmt: skip
+        expected = bi.VariationalEnergy(fresh).bind(y, deepinv.physics.Denoising()).constants()
+        for name in ("strong_convexity", "smoothness", "hessian_lipschitz", "mixed_norm", "mixed_lipschitz"):
+            torch.testing.assert_close(getattr(problem.constants(), name), getattr(expected, name), rtol=1e-12, atol=0)

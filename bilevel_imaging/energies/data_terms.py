@@ -81,6 +81,10 @@ class DataTerm(abc.ABC):
         """Size of the terms added up in ``grad(x)``, ``(B,)`` float64."""
         return norm(self.grad(x)).double()
 
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor:
+        """A bound of that, which may cost less."""
+        return self.gradient_scale(x)
+
     def diagonal(self) -> Tensor | None:
         """Diagonal of A^T A, broadcastable to the image, if A^T A is diagonal."""
         return None
@@ -145,6 +149,13 @@ class IdentityTerm(DataTerm):
 
     def double(self) -> DataTerm:
         return IdentityTerm(self.y.double())
+
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor:
+        return norm(x).double() + self._size
+
+    @cached_property
+    def _size(self) -> Tensor:
+        return norm(self.y).double() * (1 + 1e-6)
 
     def diagonal(self) -> Tensor:
         return self.y.new_ones(())

@@ -109,6 +109,7 @@ class VariationalProblem(LowerLevelProblem):
         self.regularizer, self.ridge = energy.regularizer, energy.ridge
         self.shape, self.dtype, self.device = data.shape, dtype, data.lowest.device
         self.theta = energy.theta
+        self._known: tuple[Constants, Constants] | None = None
         constants = self.constants()
         base = data.lowest + self.ridge
         mu = base if constants.strong_convexity is None else constants.strong_convexity
@@ -134,7 +135,12 @@ class VariationalProblem(LowerLevelProblem):
         return VariationalLinearization(self, x)
 
     def constants(self) -> Constants:
-        return self._with_quadratic(self.regularizer.constants(self.shape))
+        regularizer = self.regularizer.constants(self.shape)
+        if isinstance(self.data, WeightedTerm):  # whose bounds follow the weights
+            return self._with_quadratic(regularizer)
+        if self._known is None or self._known[0] is not regularizer:
+            self._known = regularizer, self._with_quadratic(regularizer)
+        return self._known[1]
 
     def _with_quadratic(self, regularizer: Constants) -> Constants:
         """Constants of the whole energy from those of the regularizer."""
@@ -186,18 +192,17 @@ class VariationalProblem(LowerLevelProblem):
     def _with(self, data: DataTerm, dtype: torch.dtype) -> VariationalProblem:
         other = object.__new__(VariationalProblem)
         other.__dict__.update(self.__dict__)
-        other.data, other.dtype, other.shape = data, dtype, data.shape
+        other.data, other.dtype, other.shape, other._known = data, dtype, data.shape, None
         return other
 
     def gradient_rounding(self, x: Tensor) -> Tensor:
-        return self._gradient_rounding(x, self.regularizer.gradient_scale(x))
+        return self._gradient_rounding(x, self.data.gradient_scale(x.detach()) + self.regularizer.gradient_scale(x))
 
     def coarse_gradient_rounding(self, x: Tensor) -> Tensor | None:
         size = self.regularizer.coarse_gradient_scale(x)
-        return None if size is None else self._gradient_rounding(x, size)
+        return None if size is None else self._gradient_rounding(x, self.data.coarse_gradient_scale(x.detach()) + size)
 
     def _gradient_rounding(self, x: Tensor, scale: Tensor) -> Tensor:
-        scale = self.data.gradient_scale(x.detach()) + scale
         if self.ridge:
             scale = scale + self.ridge * x.detach().double().flatten(1).norm(dim=1)
         return 4 * torch.finfo(self.dtype).eps * scale

@@ -60,6 +60,7 @@ class TotalVariation(Regularizer):
         self.log_smoothing = positive_parameter(smoothing, "smoothing", learn_smoothing)
         self.isotropic = isotropic
         self.couple_channels = couple_channels
+        self._known: tuple[tuple[Any, ...], Constants] | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this regularizer (parameters are stored separately)."""
@@ -105,6 +106,14 @@ class TotalVariation(Regularizer):
         return native.Descent(quadratic, float(weight), float(smoothing))
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
+        """See :meth:`Regularizer.constants`; the same object while nothing that they depend on changes."""
+        parameters = (self.log_weight, self.log_smoothing)
+        key = (tuple(shape), *((float(p.detach()), p.requires_grad, p.device) for p in parameters))
+        if self._known is None or self._known[0] != key:
+            self._known = key, self._constants(shape)
+        return self._known[1]
+
+    def _constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         weight, smoothing = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
         norm2 = squared_operator_norm(shape[-2], shape[-1])
         roots = math.prod(shape[1:]) * (1 if self.isotropic else 2) / (shape[1] if self.couple_channels else 1)
@@ -130,10 +139,6 @@ class TotalVariation(Regularizer):
     def row_norm(self) -> float:
         """||D||_{2 -> inf} over the groups under one root: largest norm of the rows of one group."""
         return math.sqrt(3) if self.isotropic else math.sqrt(2)
-
-    def coarse_gradient_scale(self, x: Tensor) -> Tensor:
-        size = math.sqrt(16 * math.prod(x.shape[1:]))  # of two differences at most in every pixel, each at most 1
-        return (self.log_weight.detach().double().exp() * size).expand(len(x))
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         with torch.no_grad():
