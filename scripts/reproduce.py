@@ -128,7 +128,13 @@ def add_maid_options(command: argparse.ArgumentParser) -> None:
     add("--budget", type=int, help="gradients, Hessian and mixed products per method (default: 6000)")
     add("--problems", nargs="*", metavar="PROBLEM", help="tv, foe (default: both), or none to join records only")
     add("--parts", nargs="+", metavar="PART", help="methods, starts (default: both)")
-    add("--keep", type=Path, nargs="+", metavar="RECORD", help="records of runs before: keep what is not done now")
+    add(
+        "--keep",
+        type=Path,
+        nargs="+",
+        metavar="RECORD",
+        help="records of runs before: keep what is not done now, go on with what was interrupted",
+    )
     add("--figure", type=Path, metavar="PATH", help="also write the picture here")
 
 

@@ -332,6 +332,13 @@ def test_the_experiment_stops_and_refuses(tiny, monkeypatch):
     both = maid.run(budget=70, problems=("foe",), parts=("methods",), earlier=[record])
     assert both["problems"]["tv"] == record["problems"]["tv"] and list(both["problems"]) == ["tv", "foe"]
     assert [one["methods"]["budget"] for one in both["problems"].values()] == [60, 70] and not both["complete"]
+    # the part that was interrupted goes on: what had finished is not run again
+    monkeypatch.setattr(maid, "methods", lambda problem: [walk("whole", fault="interrupt"), walk("b")])
+    ended = maid.run(budget=60, problems=("tv",), parts=("methods",), earlier=[record])["problems"]["tv"]["methods"]
+    assert ended["complete"] and ended["runs"][0] == record["problems"]["tv"]["methods"]["runs"][0]
+    assert [one["label"] for one in ended["runs"]] == ["whole", "b"]
+    other = maid.run(budget=61, problems=("tv",), parts=("methods",), earlier=[record])["problems"]["tv"]["methods"]
+    assert not other["complete"] and other["runs"] == []
     monkeypatch.setattr(maid, "starts", lambda: [walk("start", max_steps=1)])
     added = maid.run(budget=80, problems=("tv",), parts=("starts",), earlier=[both])["problems"]
     assert added["foe"] == both["problems"]["foe"] and added["tv"]["methods"] == record["problems"]["tv"]["methods"]

@@ -131,7 +131,8 @@ def run(
         budget: gradients, Hessian and mixed products per method.
         problems: some of ``PROBLEMS``; with none, what was done earlier is put together.
         parts: some of ``PARTS``: all methods, or MAID from many starts.
-        earlier: records from which everything is kept that is not done anew; of two the later one counts.
+        earlier: records from which everything is kept that is not done anew; of two the later one counts. A part that
+            was interrupted goes on, if the budget is the same.
         save: called with the record after every run.
         progress: show a bar on a terminal.
 
@@ -167,7 +168,9 @@ def run(
 
         specs = methods(problem) if part == "methods" else starts()
         settings = {"budget": budget, "error_tol": problem.error_tol, "save": keep, "progress": progress}
-        now = method_comparison.run(specs, problem.objective, **settings)
+        before = found[name].get(part, {})
+        known = before["runs"] if before.get("budget") == budget and not before["complete"] else []
+        now = method_comparison.run(specs, problem.objective, known=known, **settings)
         keep(now)
         if not now["complete"]:
             return record

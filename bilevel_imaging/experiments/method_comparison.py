@@ -73,6 +73,7 @@ def run(
     error_tol: float,
     seeds: Sequence[int] = (0,),
     reference: Callable[[int], Objective] | None = None,
+    known: Sequence[Record] = (),
     save: Callable[[Record], None] | None = None,
     progress: bool = False,
 ) -> Record:
@@ -88,6 +89,7 @@ def run(
         error_tol: accuracy of the reconstructions with which the losses are measured.
         seeds: the comparison is repeated with each.
         reference: objective with which the losses of a seed are measured, e.g. in float64; ``None`` for ``make``.
+        known: runs of an interrupted comparison with this budget and these seeds, which are not repeated.
         save: called with the record after every run.
         progress: show a bar on a terminal.
 
@@ -109,9 +111,12 @@ def run(
             for spec in specs:
                 bar.set_postfix_str(spec.label, refresh=False)
                 done = budget * (len(record["runs"]) + 1)
-                one = _follow(spec, make(spec, seed), budget, bar)
-                one = _measured(one, judge, error_tol)
-                record["runs"].append(finite_or_none({"label": spec.label, "seed": seed, **one}))
+                identity = {"label": spec.label, "seed": seed, "settings": spec.settings}
+                one = next((old for old in known if all(old[key] == value for key, value in identity.items())), None)
+                if one is None:
+                    one = _measured(_follow(spec, make(spec, seed), budget, bar), judge, error_tol)
+                    one = finite_or_none({"label": spec.label, "seed": seed, **one})
+                record["runs"].append(one)
                 bar.update(done - bar.n)
                 if save is not None:
                     save(record)
