@@ -18,7 +18,7 @@ from cases import (
     product,
     reference,
 )
-from sweep import flat, summarize, sweep
+from sweep import endings, flat, summarize, sweep
 from torch import Tensor
 
 import bilevel_imaging as bi
@@ -40,6 +40,15 @@ def test_sweep_finds_no_violation():
     assert [(o.violations, o.setting) for o in outcomes if o.violations] == []
     assert sum(o.checks for o in outcomes) > 200
     assert {"classical", "directional", "metric"} <= set(summarize(outcomes)["tv_isotropic"])
+
+
+def test_a_relative_goal_is_reached_or_the_reason_is_given_in_words():
+    outcomes = sweep(12, seed=1, relative=0.1)  # a thousand: python tests/sweep.py --relative 0.1 --cases 1000
+    assert [(o.violations, o.setting) for o in outcomes if o.violations] == []
+    ends = endings(outcomes)
+    assert sum(ends.values()) == 12 and ends[""] >= 8 and len(ends) > 1
+    for o in outcomes:
+        assert o.reason or o.relative_bound <= 0.1 * (1 + 1e-6)
 
 
 @pytest.mark.slow

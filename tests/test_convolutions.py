@@ -6,9 +6,9 @@ import torch
 
 import bilevel_imaging as bi
 from bilevel_imaging import native
-from bilevel_imaging.energies.data_terms import CirculantTerm
 from bilevel_imaging.linear_solvers import ConjugateGradient
-from bilevel_imaging.native import library
+from bilevel_imaging.native import convolutions, library
+from bilevel_imaging.transforms import fourier_filter
 
 pytestmark = pytest.mark.skipif(native.native_kernels() != "native", reason="no compiled kernels on this machine")
 DTYPES = (torch.float32, torch.float64)
@@ -113,7 +113,7 @@ def test_whole_runs_of_conjugate_gradients(channels):
     assert spent.hvps > 3 * int(solution.iterations.sum()) and spent.forward_ops == 2 * spent.hvps
     with torch.no_grad():
         regularizer = at.inside.inside.hvp(solution.q)
-        exact = CirculantTerm._filter(problem.data, problem.data.power, solution.q) + 0.05 * solution.q + regularizer
+        exact = fourier_filter(solution.q, problem.data.power) + 0.05 * solution.q + regularizer
     assert float((rhs - exact).flatten(1).norm(dim=1).max()) < 1.001e-9
     alone = ConjugateGradient(preconditioner="auto").solve(at.subset(torch.tensor([1])), rhs[1:2], 1e-9)
     assert torch.equal(alone.q, results[0][1:2])
@@ -133,3 +133,18 @@ def test_filters_are_taken_apart_once(monkeypatch):
     first = len(calls)
     bi.hypergradient(problem, bi.SquaredError(), x, relative=0.1)
     assert 2 <= first <= 4 and len(calls) == first
+
+
+@pytest.mark.skipif(native.native_kernels() != "native", reason="needs a C compiler")
+def test_decompositions_are_kept_by_what_they_are_of():
+    """The same filter again costs nothing; another one, or one changed in place, is decomposed anew."""
+    convolutions._KNOWN.clear()
+    kernel = torch.rand(1, 1, 3, 3, dtype=torch.float64)
+    for count, factor in ((1, 1), (1, 1), (2, 2), (2, 0.5), (3, 4)):
+        kernel.mul_(factor)
+        transfer = torch.fft.rfft2(torch.nn.functional.pad(kernel, (0, 9, 0, 9)))
+        found = native.separable(transfer.expand(2, 3, -1, -1), 12, torch.float64)
+        assert len(convolutions._KNOWN) == count
+        v = torch.rand(2, 3, 12, 12, dtype=torch.float64)
+        exact = torch.fft.irfft2(torch.fft.rfft2(v) * transfer, s=(12, 12))
+        torch.testing.assert_close(found.product(v), exact, atol=1e-12, rtol=0)

@@ -7,7 +7,8 @@ import torch
 from deepinv.physics import MRI, Blur, BlurFFT, Denoising, Inpainting, LinearPhysics
 from torch import Tensor
 
-from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, IdentityTerm, MaskTerm
+from bilevel_imaging.energies.circulant import CirculantTerm
+from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm, MaskTerm
 from bilevel_imaging.energies.generic import generic_term
 from bilevel_imaging.energies.mri import MRITerm
 

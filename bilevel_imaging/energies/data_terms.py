@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel_imaging import native
 from bilevel_imaging.native import SeparableConvolution
 from bilevel_imaging.tensors import norm, squared_norm
-from bilevel_imaging.transforms import fourier_coordinates, fourier_filter, inverse_rfft2, rfft2
+from bilevel_imaging.transforms import fourier_coordinates, fourier_filter
 
 
 @dataclass(frozen=True)
@@ -207,106 +205,3 @@ class MaskTerm(DataTerm):
 
     def diagonal(self) -> Tensor:
         return self.mask**2
-
-
-class CirculantTerm(DataTerm):
-    """A = circular convolution, diagonal in the Fourier basis.
-
-    Args:
-        y: ``(B, C, H, W)``.
-        transfer: rfft2 of the impulse response, complex128, broadcastable to ``(B, C, H, W // 2 + 1)``. It is computed
-            in float64 from the numbers that the filter stores, whatever its dtype: those define the operator.
-    """
-
-    applications = 2
-
-    def __init__(self, y: Tensor, transfer: Tensor):
-        self.y = y
-        shape = (*y.shape[:2], *transfer.shape[-2:])
-        single = transfer.to(torch.complex128 if y.dtype == torch.float64 else torch.complex64)
-        self.distinct, self.transfer = transfer, single.expand(shape)
-        self.shape = y.shape
-        self._separated: dict[tuple[str, torch.dtype], SeparableConvolution | None] = {}
-        # from real parts, as in ``_filter``: an absolute value of complex numbers depends on the place
-        power = transfer.real.square() + transfer.imag.square()
-        self.power64, self.power = power.expand(shape), power.to(y.dtype).expand(shape)
-        # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side
-        self.lowest = power.flatten(1).amin(1).expand(len(y)) * (1 - 1e-12)
-        self.highest = power.flatten(1).amax(1).expand(len(y)) * (1 + 1e-12)
-
-    @cached_property
-    def aty(self) -> Tensor:
-        """A^T y."""
-        forward = self._forward
-        return self._product(forward and forward.transposed(), self.transfer.conj(), self.y)
-
-    def _filter(self, transfer: Tensor, x: Tensor) -> Tensor:
-        if not transfer.is_complex():
-            return fourier_filter(x, transfer)
-        spectrum = rfft2(x)
-        # complex products round differently in the vectorized and in the remaining part of an array: same bits for an
-        # image in every batch come from real ones
-        a, b, c, d = spectrum.real, spectrum.imag, transfer.real, transfer.imag
-        return inverse_rfft2(torch.complex(a * c - b * d, a * d + b * c), x.shape[-1])
-
-    def value(self, x: Tensor) -> Tensor:
-        return 0.5 * squared_norm(self.apply(x) - self.y)
-
-    def grad(self, x: Tensor) -> Tensor:
-        return self.hvp(x) - self.aty
-
-    def hvp(self, v: Tensor) -> Tensor:
-        return self._product(self._gram, self.power, v)
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self._product(self._forward, self.transfer, x)
-
-    def _product(self, convolution: SeparableConvolution | None, transfer: Tensor, x: Tensor) -> Tensor:
-        if convolution is not None and native.serves(x, self.power):
-            return convolution.product(x)
-        return self._filter(transfer, x)
-
-    def initial(self) -> Tensor:
-        return self._filter(1 / (self.power + 0.05), self.aty)  # Wiener filter for about 5 % noise power
-
-    def subset(self, index: Tensor) -> DataTerm:
-        _ = self._forward, self._gram  # once for all subsets
-        part = CirculantTerm(self.y[index], self.distinct[index] if len(self.distinct) > 1 else self.distinct)
-        part._separated = {key: known and known.of(index) for key, known in self._separated.items()}
-        part.aty = self.aty[index]
-        return part
-
-    def double(self) -> DataTerm:
-        exact = CirculantTerm(self.y.double(), self.distinct)
-        exact._separated = self._separated  # kept here: terms in float64 are made anew for every hypergradient
-        return exact
-
-    def gradient_scale(self, x: Tensor) -> Tensor:
-        size = self.highest * x.double().flatten(1).norm(dim=1)
-        size = size + self.highest.sqrt() * self.y.double().flatten(1).norm(dim=1)
-        return size * math.log2(max(4, self.shape[-1] * self.shape[-2]))  # error growth of an FFT
-
-    def spectrum(self) -> Tensor:
-        return self.power
-
-    def expanded(self) -> tuple[Tensor, Tensor]:
-        return self.aty, 0.5 * squared_norm(self.y)
-
-    def convolution(self) -> SeparableConvolution | None:
-        return self._gram
-
-    @property
-    def _forward(self) -> SeparableConvolution | None:
-        """A for compiled code."""
-        return self._separation("forward", lambda: self.distinct.expand(self.transfer.shape))
-
-    @property
-    def _gram(self) -> SeparableConvolution | None:
-        """A^T A for compiled code."""
-        return self._separation("gram", lambda: self.power64)
-
-    def _separation(self, name: str, transfer: Callable[[], Tensor]) -> SeparableConvolution | None:
-        key = (name, self.y.dtype)
-        if key not in self._separated:
-            self._separated[key] = native.separable(transfer(), self.y.shape[-1], self.y.dtype)
-        return self._separated[key]

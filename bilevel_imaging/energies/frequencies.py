@@ -11,7 +11,8 @@ import abc
 import torch
 from torch import Tensor
 
-from bilevel_imaging.energies.data_terms import CirculantTerm, DataTerm, IdentityTerm
+from bilevel_imaging.energies.circulant import CirculantTerm
+from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm
 from bilevel_imaging.energies.mri import MRITerm, filtered, fourier, inverse_fourier
 from bilevel_imaging.transforms import fourier_coordinates, fourier_filter, half_spectrum_scale, inverse_rfft2, rfft2
 

@@ -169,8 +169,8 @@ def run(
         specs = methods(problem) if part == "methods" else starts()
         settings = {"budget": budget, "error_tol": problem.error_tol, "save": keep, "progress": progress}
         before = found[name].get(part, {})
-        known = before["runs"] if before.get("budget") == budget and not before["complete"] else []
-        now = method_comparison.run(specs, problem.objective, known=known, **settings)
+        finished = before["runs"] if before.get("budget") == budget and not before["complete"] else []
+        now = method_comparison.run(specs, problem.objective, known=finished, **settings)
         keep(now)
         if not now["complete"]:
             return record

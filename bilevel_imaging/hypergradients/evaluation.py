@@ -132,13 +132,8 @@ def _residual(point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | N
     residual = None if known is None else known.residual
     if residual is not None and point.working is not point.linearization:
         rough = SOLVER_UNITS * torch.finfo(residual.dtype).eps
-        same_data = point.working_is_there and point.loss.x_true.dtype == residual.dtype
-        rounding = (
-            rough * (size + point.loss_grad_norm)
-            if same_data and size is not None
-            else torch.full_like(q_norm, torch.inf)
-        )
-        fine = bool((rounding <= UNNOTICED * known.residual_norm).all())
+        fine = size is not None and point.working_is_there and point.loss.x_true.dtype == residual.dtype
+        fine = fine and bool((rough * (size + point.loss_grad_norm) <= UNNOTICED * known.residual_norm).all())
         residual, unit = (residual.to(q.dtype), rough) if fine else (None, unit)
     if residual is None:
         product = point.linearization.hvp(q)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from bilevel_imaging.native.library import function, integers, native_kernels, p
 MOST_TAPS = 160
 EPS = torch.finfo(torch.float64).eps
 TRANSFORM_ROUNDING = 16
+# decompositions kept, by what they are of: the same blur is bound to one batch after another
+MOST_KNOWN = 16
+_KNOWN: OrderedDict[tuple[Any, ...], Tensor | None] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,22 @@ def separable(transfer: Tensor, width: int, dtype: torch.dtype) -> SeparableConv
     """
     if transfer.device.type != "cpu" or dtype not in (torch.float32, torch.float64) or native_kernels() != "native":
         return None
-    batch, channels, height = transfer.shape[:3]
+    batch, channels = transfer.shape[:2]
     # expanded from one filter for all: decompose it once
     alike = [n if step else 1 for n, step in zip((batch, channels), transfer.stride()[:2], strict=True)]
-    transfer = transfer[: alike[0], : alike[1]]
+    transfer = transfer[: alike[0], : alike[1]].contiguous()
+    key = (blake2b(transfer.numpy(), digest_size=16).digest(), transfer.shape, transfer.dtype, width, dtype)
+    if key not in _KNOWN:
+        while len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.popitem(last=False)
+        _KNOWN[key] = _decomposed(transfer, width, dtype)
+    filters = _KNOWN[key]
+    return None if filters is None else SeparableConvolution(filters.expand(batch, channels, -1, -1, -1).contiguous())
+
+
+def _decomposed(transfer: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
+    """The filters of the convolution, one of each plane of ``transfer``, or ``None`` if there are too many."""
+    height = transfer.shape[2]
     kernel = torch.fft.irfft2(transfer, s=(height, width))
     kernel = torch.where(kernel.abs() > EPS * kernel.abs().amax((-1, -2), keepdim=True), kernel, 0.0)
     allowed = max(0.5 * torch.finfo(dtype).eps, TRANSFORM_ROUNDING * EPS) * transfer.abs().amax((-1, -2))
@@ -76,8 +94,7 @@ def separable(transfer: Tensor, width: int, dtype: torch.dtype) -> SeparableConv
     if terms == 0 or 2 * terms * taps > MOST_TAPS:
         return None
     root = s.sqrt()[..., :terms, None]
-    filters = torch.stack([root * u.mT[..., :terms, :], root * v[..., :terms, :]], -2)
-    return SeparableConvolution(filters.to(dtype).expand(batch, channels, -1, -1, -1).contiguous())
+    return torch.stack([root * u.mT[..., :terms, :], root * v[..., :terms, :]], -2).to(dtype)
 
 
 def _reach(kernel: Tensor, allowed: Tensor) -> int:

@@ -173,9 +173,9 @@ class MeanObjective(abc.ABC):
         return result
 
     def _relative(self, chunks: list[Chunk], relative: float) -> Hypergradient:
-        several = len(chunks) > 1 or self.processes.size > 1
-        if several and self.last_norm:  # the gradient of one batch may be small while that of the mean is not
-            parts, sizes = self._pass(chunks, bound_tol=relative * EXPECTED_NORM * self.last_norm)
+        several, expected = len(chunks) > 1 or self.processes.size > 1, EXPECTED_NORM * (self.last_norm or 0.0)
+        if several and 0 < expected < math.inf:  # the gradient of one batch may be small while that of the mean is not
+            parts, sizes = self._pass(chunks, bound_tol=relative * expected)
         else:
             parts, sizes = self._pass(chunks, relative=relative)
         result = self._penalized(average(parts, sizes))

@@ -192,7 +192,7 @@ class BilevelObjective(MeanObjective):
         Raises:
             ValueError: if keys are missing or the warm starts are of other images.
         """
-        missing = {"x", "q", "trial_x", "trial_theta", "queue", "last_norm", "generator"} - set(state)
+        missing = {"x", "q", "trial_x", "trial_theta", "queue", "generator"} - set(state)
         if missing:
             raise ValueError(f"Expected a state of the objective with {sorted(missing)}. Got {sorted(state)}.")
         shapes = {i: x.shape for i, x in zip(self.pairs.indices, self.pairs.x, strict=True)}
@@ -211,6 +211,6 @@ class BilevelObjective(MeanObjective):
         self._trial_x = {i: t.to(device) for i, t in state["trial_x"].items()}
         self._trial_theta = state["trial_theta"]
         self._queue = [list(positions) for positions in state["queue"]]
-        self.last_norm = state["last_norm"]
+        self.last_norm = state.get("last_norm")  # older states have none
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
