@@ -135,7 +135,6 @@ def test_filters_are_taken_apart_once(monkeypatch):
     assert 2 <= first <= 4 and len(calls) == first
 
 
-@pytest.mark.skipif(native.native_kernels() != "native", reason="needs a C compiler")
 def test_decompositions_are_kept_by_what_they_are_of():
     """The same filter again costs nothing; another one, or one changed in place, is decomposed anew."""
     convolutions._KNOWN.clear()
