@@ -99,6 +99,7 @@ class MeanObjective(abc.ABC):
         self.penalty = penalty
         self.processes: Processes = ALONE
         self.last_norm: float | None = None  # of the last hypergradient
+        self.shares_goal = False  # whether the next one is of several batches, those of all processes counted
 
     def spread(self, processes: Processes) -> None:
         """Solve a share of the chunks only, before the first step: values and hypergradients stay those of all images.
@@ -173,8 +174,9 @@ class MeanObjective(abc.ABC):
         return result
 
     def _relative(self, chunks: list[Chunk], relative: float) -> Hypergradient:
-        several, expected = len(chunks) > 1 or self.processes.size > 1, EXPECTED_NORM * (self.last_norm or 0.0)
-        if several and 0 < expected < math.inf:  # the gradient of one batch may be small while that of the mean is not
+        expected = EXPECTED_NORM * (self.last_norm or 0.0)
+        # the gradient of one batch may be small while that of the mean is not
+        if self.shares_goal and 0 < expected < math.inf:
             parts, sizes = self._pass(chunks, bound_tol=relative * expected)
         else:
             parts, sizes = self._pass(chunks, relative=relative)

@@ -149,11 +149,13 @@ class BilevelObjective(MeanObjective):
 
     def _next_chunks(self) -> list[Chunk]:
         if self.minibatch is None:
+            self.shares_goal = len(self._order) > 1
             return self._bound
         if not self._queue:
             self._queue = self.pairs.order(self.minibatch, self.generator)
         positions = self._queue.pop(0)
         parts = [positions[k : k + self.batch_size] for k in range(0, len(positions), self.batch_size)]
+        self.shares_goal = len(parts) > 1
         share = self.processes.share([len(part) for part in parts])
         return [self._chunk(self.pairs.batch(parts[number]), number) for number in share]
 

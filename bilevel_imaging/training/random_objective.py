@@ -89,8 +89,8 @@ class RandomPatchObjective(MeanObjective):
         raise ValueError("Expected a finite set of images for a loss of all. Got random patches: use ImagePairs.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of minibatches taken, and the norm of the last hypergradient."""
-        return {"taken": self.taken, "last_norm": self.last_norm}
+        """The number of minibatches taken."""
+        return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -100,4 +100,4 @@ class RandomPatchObjective(MeanObjective):
         """
         if "taken" not in state:
             raise ValueError(f"Expected a state of the objective with 'taken'. Got {sorted(state)}.")
-        self.taken, self.last_norm = int(state["taken"]), state.get("last_norm")  # older states have none
+        self.taken = int(state["taken"])
