@@ -63,12 +63,16 @@ def fourier_filter(v: Tensor, response: Tensor) -> Tensor:
     return inverse_rfft2(rfft2(v) * response, v.shape[-1])
 
 
+def self_mirrored(width: int, device: torch.device) -> Tensor:
+    """Which columns of :func:`rfft2` hold the mirror images of their own frequencies, ``(W // 2 + 1,)``; those of the
+    others are left out there."""
+    columns = torch.arange(width // 2 + 1, device=device)
+    return (columns == 0) | (2 * columns == width)
+
+
 def half_spectrum_scale(height: int, width: int, like: Tensor) -> Tensor:
-    """What makes :func:`rfft2` of real images an isometry, ``(W // 2 + 1,)``: the mirror images of most frequencies are
-    left out there."""
-    columns = torch.arange(width // 2 + 1, device=like.device)
-    alone = (columns == 0) | (2 * columns == width)  # their mirror images are in the same column
-    return (torch.where(alone, 1.0, 2.0).to(like.dtype) / (height * width)).sqrt()
+    """What makes :func:`rfft2` of real images an isometry, ``(W // 2 + 1,)``."""
+    return (torch.where(self_mirrored(width, like.device), 1.0, 2.0).to(like.dtype) / (height * width)).sqrt()
 
 
 def fourier_coordinates(v: Tensor, response: Tensor) -> Tensor:

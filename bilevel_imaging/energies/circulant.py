@@ -34,7 +34,7 @@ class CirculantTerm(DataTerm):
         self.distinct, self.transfer = transfer, single.expand(shape)
         self.shape = y.shape
         self._separated: dict[tuple[str, torch.dtype], SeparableConvolution | None] = {}
-        # from real parts, as in ``_filter``: an absolute value of complex numbers depends on the place
+        # from real parts, as in ``_times``: an absolute value of complex numbers depends on the place
         power = transfer.real.square() + transfer.imag.square()
         self.power64, self.power = power.expand(shape), power.to(y.dtype).expand(shape)
         # rounding of one float64 FFT of the filter, far below what is needed, kept on the safe side

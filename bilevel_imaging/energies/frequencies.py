@@ -14,7 +14,14 @@ from torch import Tensor
 from bilevel_imaging.energies.circulant import CirculantTerm
 from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm
 from bilevel_imaging.energies.mri import MRITerm, filtered, fourier, inverse_fourier
-from bilevel_imaging.transforms import fourier_coordinates, fourier_filter, half_spectrum_scale, inverse_rfft2, rfft2
+from bilevel_imaging.transforms import (
+    fourier_coordinates,
+    fourier_filter,
+    half_spectrum_scale,
+    inverse_rfft2,
+    rfft2,
+    self_mirrored,
+)
 
 
 class Frequencies(abc.ABC):
@@ -66,8 +73,7 @@ class CirculantFrequencies(Frequencies):
         self.term = term
         rows, self.width = term.shape[-2:]
         self.grid = (rows, self.width // 2 + 1)
-        columns = torch.arange(self.grid[1], device=term.y.device)
-        self.single = (columns == 0) | (2 * columns == self.width)  # their mirror images are in the same column
+        self.single = self_mirrored(self.width, term.y.device)
         self.scale = half_spectrum_scale(rows, self.width, term.y)
         self.length = rows * self.width
         self.gains = torch.cat([term.power64, term.power64], 1)
