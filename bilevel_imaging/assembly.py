@@ -22,6 +22,7 @@ from bilevel_imaging.data import (
     extract_patches,
     list_images,
     photographs,
+    psnr_shares,
     split_names,
 )
 from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight, VariationalEnergy
@@ -124,6 +125,7 @@ def training_data(config: RunConfig) -> ImagePairs | RandomPatches:
         dtype=getattr(torch, config.problem.dtype),
         device=device_of(config),
         seed=config.seed,
+        shares=psnr_shares(config.data.scores) if config.data.scores else None,
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+# what may change when a run is continued: nothing on which its steps depend (training images are compared by content)
+RESUME_MAY_CHANGE = ("upper.max_steps", "logging.", "data.train", "data.val", "data.test")
 WARM_STARTS = ("memory", "disk", "none")
 # Operators with a null space, or nearly one, need one for strong convexity; all of them have a norm of about 1. Where
 # much is missing, a large one would pull the image towards 0.
@@ -43,6 +45,9 @@ class DataConfig:
         patches_per_image: patches from every training image; in tomography and MRI it is always the center alone.
         random_patches: instead of so many fixed patches, cut ``upper.minibatch`` new ones for every step, turned and
             flipped at random, with new noise; for large folders and many steps of a first-order method.
+        scores: record.json of ``scripts/reproduce.py denoising`` on the training images: random patches come from an
+            image in proportion to 10^(PSNR / 10), so that the mean PSNR is learned; empty for equally often, which
+            learns the mean squared error.
         color: train on RGB instead of gray images; not in MRI.
         batch_size: most images solved together; limits memory, and changes results within their certificates only.
             Under torchrun processes share the batches, which become smaller where some would have too little to do.
@@ -60,6 +65,7 @@ class DataConfig:
     patch_size: int = 128
     patches_per_image: int = 2
     random_patches: bool = False
+    scores: str = ""
     color: bool = False
     batch_size: int = 64
     max_images: int = 0
@@ -425,6 +431,8 @@ class RunConfig:
             raise ValueError(
                 "data.random_patches: expected upper.minibatch, the number of patches of a step. Got null."
             )
+        if data.scores and not data.random_patches:
+            raise ValueError("data.scores: only chooses random patches. Set data.random_patches true or leave it out.")
         if data.warm_starts != "memory" and (data.random_patches or upper.minibatch is None):
             raise ValueError(
                 f"data.warm_starts: expected memory unless fixed patches come in minibatches. Got {data.warm_starts}."
@@ -432,7 +440,7 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """The same with choices that were left open filled in and folders as absolute paths."""
-        folders = {n: _absolute(getattr(self.data, n)) for n in ("train", "val", "test")}
+        folders = {n: _absolute(getattr(self.data, n)) for n in ("train", "val", "test", "scores")}
         regularizer = replace(self.regularizer.resolved(), start=_absolute(self.regularizer.start))
         ridge, upper = self.problem.ridge, self.upper
         lr = DEFAULT_LR.get(upper.method) if upper.lr is None else upper.lr
@@ -456,6 +464,31 @@ class RunConfig:
                 names = [f.name for f in fields(mine)]
                 result += [f"{group.name}.{n}" for n in names if getattr(mine, n) != getattr(theirs, n)]
         return result
+
+    def check_resumes(self, saved: RunConfig) -> None:
+        """Refuse to continue a run with other settings.
+
+        Raises:
+            ValueError: something differs from ``saved`` that may not.
+        """
+        changed = [name for name in saved.differences(self) if not name.startswith(RESUME_MAY_CHANGE)]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: cannot change when a run is resumed, only upper.max_steps, logging and the "
+                "folders of images can. Start a new run for other settings."
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The settings that ``dataclasses.asdict`` gave, of other versions too: what one of them lacks is a default."""
+        groups: dict[str, Any] = {}
+        for group in (f for f in fields(cls) if f.name in values):
+            value = values[group.name]
+            if is_dataclass(kind := group.default_factory):
+                names = {f.name for f in fields(kind)}
+                value = kind(**{name: one for name, one in value.items() if name in names})  # type: ignore[operator]
+            groups[group.name] = value
+        return cls(**groups)
 
 
 def _absolute(folder: str) -> str:

@@ -200,6 +200,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ('--upper.method=adam --upper.lr_scale={"bias":1}', "no parameter has 'bias' in its name"),
         ("--data.random_patches=true", "data.random_patches: maid compares losses of all images"),
         ("--data.random_patches=true --upper.method=adam", "data.random_patches: expected upper.minibatch"),
+        ("--data.scores=record.json", "data.scores: only chooses random patches"),
         ("--data.warm_starts=tape", "data.warm_starts: expected one of memory, disk, none. Got 'tape'"),
         ("--data.warm_starts=disk", "data.warm_starts: expected memory unless fixed patches come in minibatches"),
         ("--problem.sigma_range=[0.2,0.1]", "problem.sigma_range: expected finite numbers 0 <= low <= high"),

@@ -406,7 +406,7 @@ def test_misuse():
     y = drawn(1, 1, 5, 6)
     with pytest.raises(ValueError, match="data_weight as NoiseWeight"):
         bi.VariationalEnergy(bi.TotalVariation(), data_weight=2.0)
-    with pytest.raises(ValueError, match="SamplingMask with MRI. Got Denoising"):
+    with pytest.raises(ValueError, match="SamplingMask with MRI or MultiCoilMRI. Got Denoising"):
         bi.VariationalEnergy(bi.TotalVariation(), data_weight=SamplingMask((5, 4))).bind(y, Denoising())
     with pytest.raises(ValueError, match="FrequencyWeights with .* Got Inpainting; NoiseWeight fits"):
         physics = Inpainting((1, 5, 6), mask=mask()[0])

@@ -76,9 +76,9 @@ class NoiseWeight(DataWeight):
 class FrequencyWeights(DataWeight):
     """W_f = e^(w_f) for every frequency f of the residual: the inverse of a noise spectrum.
 
-    For MRI the grid is that of y, ``(H, W)``; for denoising and circular blurs that of ``torch.fft.rfft2``,
-    ``(H, W // 2 + 1)``, and the Fourier transform is unitary. A dimension of length 1 is shared, so that ``(1, W)`` is
-    one weight per column.
+    For MRI the grid is that of y, ``(H, W)``, and coils share the weights; for denoising and circular blurs that of
+    ``torch.fft.rfft2``, ``(H, W // 2 + 1)``, and the Fourier transform is unitary. A dimension of length 1 is shared,
+    so that ``(1, W)`` is one weight per column.
 
     Args:
         shape: of the parameter ``log_weights``.
@@ -104,10 +104,10 @@ class FrequencyWeights(DataWeight):
 
 
 class SamplingMask(DataWeight):
-    """S in (0, 1) for every frequency of MRI, in 1/2 ||S (Fx - y)||^2: which part of k-space is worth measuring.
+    """S in (0, 1) for every frequency of MRI, in 1/2 ||S (Ax - y)||^2: which part of k-space is worth measuring.
 
-    W = S^2 and S = sigmoid(logits). Sherry et al. (2020), "Learning the sampling pattern for MRI"; there S is free in
-    [0, 1].
+    W = S^2 and S = sigmoid(logits), for one coil or shared by several. Sherry et al. (2020), "Learning the sampling
+    pattern for MRI"; there S is free in [0, 1].
 
     Args:
         shape: of the parameter ``logits``: that of y, ``(H, W)``, or ``(H, 1)`` or ``(1, W)`` for whole lines.

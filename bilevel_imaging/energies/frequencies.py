@@ -1,7 +1,7 @@
-"""Real coordinates of residuals and images in which an operator is diagonal, frequency by frequency.
+"""Real coordinates of residuals in which a weight is diagonal, frequency by frequency, and what an operator is there.
 
-z = T (Ax - y) with T^T T = I has the shape ``(B, K, rows, columns)``: K numbers for every frequency of the grid of a
-weight, on which A multiplies by numbers of size ``gains ** 0.5``.
+z = T (Ax - y) with T^T T = I has the shape ``(B, K, rows, columns)``, or ``(B, 2, coils, rows, columns)``: so many
+numbers for every frequency of the grid of a weight. A^T T^T = U gains^(1/2) with ||U|| <= 1 says how large A is there.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import abc
 
 import torch
+from deepinv.physics import MultiCoilMRI
 from torch import Tensor
 
 from bilevel_imaging.energies.circulant import CirculantTerm
 from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm
+from bilevel_imaging.energies.generic import GenericTerm
 from bilevel_imaging.energies.mri import MRITerm, filtered, fourier, inverse_fourier
 from bilevel_imaging.transforms import (
     fourier_coordinates,
@@ -29,13 +31,19 @@ class Frequencies(abc.ABC):
 
     Attributes:
         grid: (rows, columns).
-        gains: squares of what A multiplies by, float64, ``(B, K, rows, columns)``.
-        measured: T y, ``(B, K, rows, columns)``.
+        gains: squares of what A multiplies by, at most if it is not diagonal; float64, broadcastable to z.
+        measured: T y, of the shape of z.
+        diagonal: whether A is, so that U is orthogonal.
+        lowest: lower bound of lambda_min(U U^T), ``(B,)`` float64.
+        typical: mean of the eigenvalues of U U^T, ``(B, 1, 1, 1)`` float64.
     """
 
     grid: tuple[int, int]
     gains: Tensor
     measured: Tensor
+    diagonal = True
+    lowest: Tensor | float = 1.0
+    typical: Tensor | float = 1.0
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -143,8 +151,51 @@ class MRIFrequencies(Frequencies):
         return fourier(v) * response
 
 
+class CoilFrequencies(MRIFrequencies):
+    """k-space of every coil, real and imaginary part, in A = M F S with a mask M and maps S of N coils.
+
+    With s^2 the largest sum of |maps|^2 over the coils, in any pixel, U = S^* F^* / s and the gains are (s M)^2:
+    F is unitary, and S^* S is that sum, pixel by pixel. SENSE: Pruessmann et al. (1999).
+
+    Args:
+        term: of a :class:`MultiCoilMRI`, y of shape ``(B, 2, N, H, W)``.
+    """
+
+    diagonal = False
+
+    def __init__(self, term: GenericTerm):
+        physics, y = term.operator.physics, term.y
+        size = self.grid = (y.shape[-2], y.shape[-1])
+        maps, self.measured = physics.coil_maps.to(torch.complex128), _zero_first(y)
+        energy = (maps.real.square() + maps.imag.square()).sum(1).flatten(1)
+        highest = energy.amax(1)
+        lowest, mean = (e / highest.clamp(min=1e-300) for e in (energy.amin(1), energy.mean(1)))
+        self.lowest, self.typical = lowest, mean.reshape(-1, 1, 1, 1)
+        mask = _zero_first(physics.mask.double().unsqueeze(2).expand(len(y), 2, 1, *size))
+        self.gains = mask.square() * highest.reshape(-1, 1, 1, 1, 1)
+        self.mask, self.maps = mask.to(y.dtype), _zero_first(maps.expand(-1, -1, *size)).to(y.dtype.to_complex())
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = _zero_first(torch.complex(x[:, 0], x[:, 1])).unsqueeze(1)
+        spectra = torch.fft.fft2(self.maps * image, norm="ortho")
+        return self.mask * torch.stack([spectra.real, spectra.imag], 1)
+
+    def adjoint(self, z: Tensor) -> Tensor:
+        z = self.mask * z
+        seen = torch.fft.ifft2(torch.complex(z[:, 0], z[:, 1]), norm="ortho")
+        image = torch.fft.fftshift((self.maps.conj() * seen).sum(1), dim=(-2, -1))
+        return torch.stack([image.real, image.imag], 1)
+
+
+def _zero_first(values: Tensor) -> Tensor:
+    """From the origin in the middle to the origin in the corner."""
+    return torch.fft.ifftshift(values, dim=(-2, -1))
+
+
 def frequencies_of(term: DataTerm) -> Frequencies | None:
-    """The frequencies of a term, or ``None`` where its operator mixes them."""
+    """The frequencies of a term, or ``None`` where none are known; a subclass may compute anything and has none."""
+    if isinstance(term, GenericTerm):
+        return CoilFrequencies(term) if type(term.operator.physics) is MultiCoilMRI else None
     if isinstance(term, IdentityTerm):
         one = torch.ones((1, 1, term.shape[-2], term.shape[-1] // 2 + 1), dtype=torch.complex128, device=term.y.device)
         term = CirculantTerm(term.y, one)

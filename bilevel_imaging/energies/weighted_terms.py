@@ -2,11 +2,13 @@
 
 The weights are read afresh at every evaluation. All these terms are quadratic in x and W acts on blocks k of
 coordinates, one for each parameter p_k, so that with r = Ax - y, the residual of block k alone r_k = P_k r, and
-W'_k = dW_k / dp_k everything about J_k = W'_k A^T P_k r is in closed form:
+W'_k = dW_k / dp_k everything about J_k = W'_k A^T P_k r is in closed form. Write A^T = U G, ||U|| <= 1, with a diagonal
+G = gains^(1/2) in the coordinates of ``frequencies``, or U = I and G = A^T where there is one block only. Blocks are
+orthogonal before U, so that
 
-    ||J||                  <= max_k W'_k ||A^T r_k||            (blocks of different frequencies are orthogonal)
-    |(J_k - J_eps,k)^T q|  <= W'_k ||A^T P_k A q|| ||e||        together <= their maximum times ||e||
-    ||J - J_eps||          <= max W' ||A||^2 ||e||
+    ||J||                  <= max_k W'_k ||G r_k||
+    |(J_k - J_eps,k)^T q|  <= W'_k ||G P_k A q|| ||e||          together <= their maximum times ||e||
+    ||J - J_eps||          <= max_k W'_k ||G P_k||^2 ||e||
     ||J_k||_{H^-1}         <= (W'_k / W_k) ||W_k^(1/2) r_k||    since A^T W A <= H
 """
 
@@ -182,7 +184,7 @@ class _ScaledMixed(DataMixed):
 
 
 class SpectralTerm(WeightedTerm):
-    """A weight for every frequency of an operator that does not mix them."""
+    """A weight for every frequency of the measurements."""
 
     def __init__(self, inside: DataTerm, weight: DataWeight):
         self.inside, self.weight = inside, weight
@@ -195,12 +197,12 @@ class SpectralTerm(WeightedTerm):
         return self.frequencies.from_grid(self.weight.weights()).to(self.dtype)
 
     def _spectrum(self, weights: Tensor) -> Tensor:
-        """Eigenvalues of A^T W A for real weights on the grid, ``(B, K, rows, columns)`` float64."""
+        """Weights on the grid times the gains, float64, of the shape of these: eigenvalues of A^T W A or bounds."""
         return self.frequencies.from_grid(weights.detach().double()) * self.frequencies.gains
 
     @property
     def lowest(self) -> Tensor:  # type: ignore[override]
-        return self._spectrum(self.weight.weights()).flatten(1).amin(1) * (1 - 1e-12)
+        return self._spectrum(self.weight.weights()).flatten(1).amin(1) * self.frequencies.lowest * (1 - 1e-12)
 
     @property
     def highest(self) -> Tensor:  # type: ignore[override]
@@ -226,11 +228,13 @@ class SpectralTerm(WeightedTerm):
     def initial(self) -> Tensor:
         return self.inside.initial()
 
-    def subset(self, index: Tensor) -> DataTerm:
-        return SpectralTerm(self.inside.subset(index), self.weight)
+    def subset(self, index: Tensor) -> DataTerm | None:
+        inside = self.inside.subset(index)
+        return None if inside is None else SpectralTerm(inside, self.weight)
 
-    def double(self) -> DataTerm:
-        return SpectralTerm(self.inside.double(), self.weight)
+    def double(self) -> DataTerm | None:
+        inside = self.inside.double()
+        return None if inside is None else SpectralTerm(inside, self.weight)
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         """Sizes of both terms at the largest weight, times the growth of errors in the transforms."""
@@ -244,13 +248,16 @@ class SpectralTerm(WeightedTerm):
         return self._power()
 
     def _power(self) -> Tensor:
-        """Eigenvalues of A^T W A by channel of the image."""
-        return self._spectrum(self.weight.weights())[:, : self.shape[1]].to(self.dtype)
+        """Eigenvalues of A^T W A by channel of the image, or what is closest to them."""
+        spectrum = self._spectrum(self.weight.weights()).flatten(1, -3)[:, : self.shape[1]]
+        return (spectrum * self.frequencies.typical).to(self.dtype)
 
     def fourier_model(self) -> FourierModel:
         return FourierModel(self._power(), self.frequencies.filter, isinstance(self.frequencies, MRIFrequencies))
 
-    def whitening(self, shift: float) -> Callable[[Tensor], Tensor]:
+    def whitening(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        if not self.frequencies.diagonal:
+            return None
         response = (self._power() + shift).rsqrt()
         return lambda v: self.frequencies.coordinates(v, response)
 
@@ -260,8 +267,7 @@ class SpectralTerm(WeightedTerm):
     @property
     def mixed_lipschitz(self) -> Tensor:
         steepness = self.weight.weights() * self.weight.slopes()
-        spectrum = self.frequencies.from_grid(steepness.detach().double()) * self.frequencies.gains
-        return spectrum.flatten(1).amax(1) * (1 + 1e-12)
+        return self._spectrum(steepness).flatten(1).amax(1) * (1 + 1e-12)
 
 
 class _SpectralMixed(DataMixed):
@@ -272,8 +278,8 @@ class _SpectralMixed(DataMixed):
         self.gains = self.frequencies.gains.to(x.dtype)
 
     def _blocks(self, values: Tensor) -> Tensor:
-        """Sums over the coordinates of every parameter, ``(B, K, rows, columns)`` to ``(B, *parameter)`` float64."""
-        total = self.frequencies.to_grid(values.double().sum(1))
+        """Sums over the coordinates of every parameter, from the shape of z to ``(B, *parameter)`` float64."""
+        total = self.frequencies.to_grid(values.double().flatten(1, -3).sum(1))
         axes = [axis + 1 for axis, n in enumerate(self.weights.shape) if n == 1]
         return total.sum(axes, keepdim=True) if axes else total
 
@@ -327,7 +333,9 @@ def weighted(term: DataTerm, weight: DataWeight | None, name: str) -> DataTerm:
     frequencies = frequencies_of(term)
     only_mri = isinstance(weight, SamplingMask)
     if frequencies is None or (only_mri and not isinstance(frequencies, MRIFrequencies)):
-        fitting = "MRI" if only_mri else "MRI, Denoising, BlurFFT or Blur(padding='circular')"
+        fitting = "MRI or MultiCoilMRI"
+        if not only_mri:
+            fitting = "MRI, MultiCoilMRI, Denoising, BlurFFT or Blur(padding='circular')"
         raise ValueError(f"Expected {type(weight).__name__} with {fitting}. Got {name}; NoiseWeight fits any physics.")
     grid, shape = frequencies.grid, tuple(weight.parameter.shape)
     if any(n not in (1, m) for n, m in zip(shape, grid, strict=True)):

@@ -287,8 +287,8 @@ def _local(
 
 def forecast(point: Point, rhs: Tensor, solution: LinearSolution) -> LocalMeasurements | None:
     """What an evaluation would measure in the norm of the Hessian, before rounding: ``None`` where that is not known
-    cheaply, from the columns of J and the residual of a solve of H q = ``rhs`` at the point."""
-    if solution.residual is None or point.plain or point.value_reason or point.columns is None:
+    without a product, from the residual of a solve of H q = ``rhs`` at the point or near it."""
+    if solution.residual is None or point.plain or point.value_reason:
         return None
     product, none = rhs - solution.residual, torch.zeros_like(point.rounding)
     return _local(point, solution.q, product, solution.residual, none, solution, gradient=True)

@@ -24,7 +24,7 @@ MAX_CORRECTIONS = 10
 # with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
 FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 3e-4, 0.5, 1 / 3
 # the same, at most, where the parameters are too many for columns of J
-FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-4, 64
+FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-2, 64
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2

@@ -25,8 +25,11 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
 LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
 # of what the lower level leaves of the goal, the part that the adjoint is aimed at
 ADJOINT_SHARE, LEAST_SHARE = 0.85, 0.2
-# curvature times distance from which the local certificate is nearly linear in the distance
-NEAR = 0.2
+# curvature times distance from which the local certificate is nearly linear in the distance, and from which Newton's
+# method is expected to get there at once
+NEAR, REACH = 0.2, 10.0
+# Newton steps before the first evaluation, at most
+MAX_FIRST_STEPS = 2
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
 FLOAT32_RELATIVE = 1e-5
 
@@ -85,32 +88,37 @@ class Refiner:
         return self._resumable(result, self.linear_solution)
 
     def _aimed(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> Point:
-        """A Newton step where the lower level would keep the bound above the aim, then the adjoint for what is left.
+        """Newton steps where the lower level would keep the bound above the aim, then the adjoint for what is left.
 
         Both rest on the local certificate of the adjoint solved so far; without it, nothing is done.
         """
-        solution = self.linear_solution
-        m = forecast(point, rhs, solution)
-        if m is None or not bool(m.valid.all()):
+        start, solution = point, self.linear_solution
+        at, m = point, forecast(point, rhs, solution)
+        if m is None or not self._in_reach(m, point):
             return point
         goal = aim(float(entries(adjoint_gradient(point, solution.q)).norm()))
         if goal == 0:
             return point
         lower = _lower_part(m, point)
-        part = certificates.local(m)[0].total - lower
-        restart = float(lower.mean()) > LOWER_LIMIT * goal
-        if restart:
+        for _ in range(MAX_FIRST_STEPS):
+            if float(lower.mean()) <= LOWER_LIMIT * goal:
+                break
             wanted, _ = self._local_targets(m, point, solution.q, goal)
             factor = wanted / point.dual_grad_norm.clamp(min=1e-300)
             point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
+            if not bool(m.valid.all()):
+                at, m = point, forecast(point, rhs, solution)
             lower = _lower_part(m, point)
-        left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
-        residual_tol = solution.residual_norm * (left / part.clamp(min=1e-300)).clamp(max=1.0).to(rhs.dtype)
-        if restart:
+        residual_tol = solution.residual_norm
+        if bool(m.valid.all()):
+            left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
+            part = certificates.local(m)[0].total - _lower_part(m, at)
+            residual_tol = residual_tol * (left / part.clamp(min=1e-300)).clamp(max=1.0).to(rhs.dtype)
+        if point is not start:
             rhs = point.loss_grad.to(rhs.dtype)
             latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, rhs), q0=solution.q)
             self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
-        elif float(part.mean()) > left:
+        elif bool((residual_tol < solution.residual_norm).any()):
             self.linear_solution = self.linear.resume(point.working, rhs, solution, self._attainable(residual_tol, rhs))
         return point
 
@@ -247,6 +255,14 @@ class Refiner:
     def _is_near(point: Point) -> bool:
         """Whether every sample is where Newton's method converges quadratically, by the local certificate."""
         return bool(point.energy_distance.isfinite().all())
+
+    @staticmethod
+    def _in_reach(m: LocalMeasurements, point: Point) -> bool:
+        """Whether Newton steps should soon make the local certificate valid, where it is not."""
+        if bool(m.valid.all()):
+            return True
+        curvature = point.curvature_on(torch.full_like(m.strong_convexity, 1e-30))
+        return bool((curvature * point.dual_grad_norm < REACH).all())
 
     @staticmethod
     def _local_targets(m: LocalMeasurements, point: Point, q: Tensor, goal: float) -> tuple[Tensor, Tensor]:

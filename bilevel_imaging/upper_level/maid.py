@@ -56,11 +56,11 @@ class MAID(UpperLevelMethod):
     """Descent with hypergradients accurate enough to descend, and steps that decrease the true loss for certain.
 
     After Salehi, Mukherjee, Roberts & Ehrhardt (2023). Where the paper tightens both accuracies whenever a line search
-    fails, here every trial is accepted (F_hi(new) <= F_lo(old) - c t <h, P h>), rejected for sure
-    (F_lo(new) > F_hi(old) - t <h, P h> / 10: it can't be a good step), or undecided, and only undecided trials are
-    tightened. Directions are preconditioned by L-BFGS built from the curvature at the ends of the steps, where that
-    exceeds the certified errors. A loss is positive: no step is so long that its slope promises more than all of it.
-    Accuracies and the first step come from the problem: nothing needs tuning.
+    fails, here every trial is accepted (F_hi(new) <= F_lo(old) - c t <h, P h>), rejected for sure (F_lo(new) >
+    F_hi(old) - t <h, P h> / 10: it can't be a good step), or undecided, and only undecided trials are tightened.
+    Directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the curvature at the ends of
+    the steps, where that exceeds the certified errors. A loss is positive: no step is so long that its slope promises
+    more than all of it. Accuracies and the first step come from the problem: nothing needs tuning.
 
     Args:
         relative: hypergradients are refined until bound <= relative * ||h|| (C = 1 - eta of the descent test), < 1;
@@ -167,11 +167,14 @@ class MAID(UpperLevelMethod):
             self.growth = LENGTHEN * self.growth if float(s @ z) > 0 else math.inf
 
     def _direction(self, flat: Tensor) -> Tensor:
-        direction = flat if self.inverse is None else self.inverse.apply(flat)
+        if self.inverse is None:
+            return flat
+        self.inverse.observe(flat)
+        direction = self.inverse.apply(flat)
         # a positive definite P can still be so ill-conditioned that the direction is hardly a descent direction
         if float(flat @ direction) < 1e-4 * float(flat.norm() * direction.norm()):
             self.inverse.reset()
-            return flat.clone()
+            return self.inverse.apply(flat)
         return direction
 
     def _first_step(self, h: Hypergradient, direction: Tensor, slope: float) -> float:
@@ -214,7 +217,7 @@ class MAID(UpperLevelMethod):
         assign(objective.theta, theta)
         stop = "no decrease of the loss can be certified any more along the negative hypergradient"
         if self.inverse is not None and self.inverse.pairs:
-            self.inverse.reset()  # perhaps the curvature was wrong: the next step goes along -h
+            self.inverse.reset()  # perhaps the curvature was wrong: the next step goes without
             self.step_size, self.growth, stop = 0.0, 1.0, ""
         return self._report(h, h, 0.0, refinements, backtracks, 0.0, cost, stop)
 

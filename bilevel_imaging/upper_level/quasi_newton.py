@@ -13,6 +13,8 @@ from bilevel_imaging.tensors import entries
 TYPICAL = 0.01
 # the curvature at the end of a step is trusted to be so many times the mean one, at most
 LARGEST_RATIO = 3.0
+# decay of the mean squares of hypergradients, and the part of the largest root that is added to all of them
+DECAY, DAMPING = 0.9, 3e-2
 
 
 class InverseHessian:
@@ -22,6 +24,9 @@ class InverseHessian:
     ``noise`` bounds the error of z: worst-case bounds are that much larger than typical errors, and what a wrong pair
     costs is work, not correctness (steps are accepted by certified values only).
 
+    Where no pair tells the curvature, parameters move in proportion to h over the root of its mean square (RMSProp,
+    Tieleman & Hinton 2012): those of filters and of smoothings differ in sensitivity by orders of magnitude.
+
     Args:
         memory: pairs kept.
     """
@@ -29,6 +34,22 @@ class InverseHessian:
     def __init__(self, memory: int = 10):
         self.memory = memory
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.squares: Tensor | None = None  # running mean of h^2, of which this part has come together so far:
+        self.weight = 0.0
+
+    def observe(self, h: Tensor) -> None:
+        """Take in the size of every entry of a hypergradient."""
+        before = torch.zeros_like(h) if self.squares is None else self.squares
+        self.squares = DECAY * before + (1 - DECAY) * h.square()
+        self.weight = DECAY * self.weight + (1 - DECAY)
+
+    def _diagonal(self, h: Tensor) -> Tensor:
+        """Diagonal of the first P, at most 1; 1 before anything was observed."""
+        if self.squares is None or not float(self.squares.max()) > 0:
+            return torch.ones_like(h)
+        size = (self.squares / self.weight).sqrt()
+        size = size + DAMPING * size.max()
+        return size.min() / size
 
     def update(self, s: Tensor, z: Tensor, noise: float) -> bool:
         """Add a pair; returns whether it was trusted."""
@@ -38,31 +59,33 @@ class InverseHessian:
         return True
 
     def apply(self, h: Tensor) -> Tensor:
-        """P h, with P positive definite; h itself while no curvature is known."""
+        """P h, with P positive definite."""
+        diagonal = self._diagonal(h)
         if not self.pairs:
-            return h.clone()
+            return diagonal * h
         q, coefficients = h.clone(), []
         for s, z in reversed(self.pairs):
             a = (s @ q) / (s @ z)
             coefficients.append(a)
             q = q - a * z
         s, z = self.pairs[-1]
-        q = q * (s @ z) / (z @ z)
+        q = diagonal * q * ((s @ z) / (z @ (diagonal * z)))
         for (s, z), a in zip(self.pairs, reversed(coefficients), strict=True):
             q = q + s * (a - (z @ q) / (s @ z))
         return q
 
     def reset(self) -> None:
-        """Forget all curvature."""
+        """Forget all curvature, but not the sizes."""
         self.pairs = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The pairs."""
-        return {"pairs": [[s, z] for s, z in self.pairs]}
+        """The pairs and the sizes."""
+        return {"pairs": [[s, z] for s, z in self.pairs], "squares": self.squares, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the pairs."""
+        """Restore what :meth:`state_dict` returned; states of older versions have no sizes."""
         self.pairs = [(s.clone(), z.clone()) for s, z in state["pairs"]]
+        self.squares, self.weight = state.get("squares"), float(state.get("weight", 0.0))
 
 
 def curvature_at_end(s: Tensor, z: Tensor, rise: float, slopes: float, noise: float) -> Tensor:
