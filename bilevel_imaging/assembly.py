@@ -22,7 +22,6 @@ from bilevel_imaging.data import (
     extract_patches,
     list_images,
     photographs,
-    psnr_shares,
     split_names,
 )
 from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight, VariationalEnergy
@@ -125,7 +124,6 @@ def training_data(config: RunConfig) -> ImagePairs | RandomPatches:
         dtype=getattr(torch, config.problem.dtype),
         device=device_of(config),
         seed=config.seed,
-        shares=psnr_shares(config.data.scores) if config.data.scores else None,
     )
 
 

@@ -104,6 +104,12 @@ def units(size: Tensor, b: Tensor) -> Tensor | None:
     return None if bool(((size > SAFE) & (size < 1 / SAFE)).all()) else binary_scale(b)
 
 
+def length(v: Tensor) -> float:
+    """||v||_2 of a vector whose squares may be too small or too large to be represented."""
+    largest = float(v.abs().max()) if v.numel() else 0.0
+    return largest * float((v / largest).norm()) if 0 < largest < float("inf") else largest
+
+
 def entries(values: Mapping[str, Tensor]) -> Tensor:
     """All entries of named tensors in one float64 vector, in their order, on their device."""
     return torch.cat([v.detach().double().reshape(-1) for v in values.values()])

@@ -82,7 +82,8 @@ def test_with_ridge_and_noise_weight(monkeypatch):
 def test_deblurring(dtype, monkeypatch):
     problem = deblurring(measurements((2, 2, 20, 23), dtype))
     (fast, work), (slow, expected) = both_ways(problem, monkeypatch, None, 1e-3)
-    assert fast.converged.all() and work.forward_ops > 0
+    # float32 can't be certified to 1e-3 here: a hundredth of strong convexity makes distances of rounding errors
+    assert fast.reason == slow.reason and (fast.converged == (dtype == F64)).all() and work.forward_ops > 0
     torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=2e-3 if dtype == F32 else 1e-6)
     if dtype == F64:
         assert fast.iterations.tolist() == slow.iterations.tolist()

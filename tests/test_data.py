@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
 import pickle
 import re
@@ -37,7 +35,6 @@ from bilevel_imaging.data import (
     load_folder,
     luminance,
     photographs,
-    psnr_shares,
     read_image,
     split_names,
 )
@@ -807,35 +804,6 @@ def test_random_patches_are_turned_and_flipped_crops_of_all_images_and_places() 
     assert len({f[1:3] for f in found if f[0] == "b"}) > 110  # of 128 places, 122 on average
 
 
-def test_random_patches_come_from_images_as_often_as_asked_for() -> None:
-    images = {name: torch.full((1, 12, 12), value) for name, value in (("a", 0.2), ("b", 0.5), ("c", 0.8))}
-    source = RandomPatches(images, Degradation(), 9, 20, seed=3, shares={"c": 12.0, "a": 2.0, "b": 6.0, "other": 5.0})
-    levels = torch.cat([source.batch(step).x[:, 0, 0, 0] for step in range(100)])
-    counts = [int(((levels - value).abs() < 0.01).sum()) for value in (0.2, 0.5, 0.8)]
-    assert all(abs(count - share) < 110 for count, share in zip(counts, (200, 600, 1200), strict=True)), counts
-    assert torch.equal(source.batch(5).x, source.batch(5).x)
-    for shares, message in (
-        ({"a": 1.0, "b": 1.0}, "c: expected a share"),
-        ({"a": 1.0, "b": 0.0, "c": 1.0}, "b: expected its share"),
-        ({"a": 1.0, "b": 1.0, "c": math.nan}, "c: expected its share"),
-    ):
-        assert message in error_of(RandomPatches, images, Degradation(), 9, 2, shares=shares)
-
-
-def test_shares_are_the_inverse_errors_of_a_record(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
-    scores = {"x.png": {"noisy": {"psnr": 20.0}, "ridge": {"psnr": 30.0}, "TV": {"psnr": 1.0}}}
-    scores["y.png"] = {"noisy": {"psnr": 20.0}, "ridge": {"psnr": 25.0}}
-    path.write_text(json.dumps({"levels": [{"images": scores}, {"images": {}}]}))
-    assert psnr_shares(path) == {"x.png": pytest.approx(1e3), "y.png": pytest.approx(10**2.5)}
-    for text in ("{}", "[]", '{"levels": []}', '{"levels": [{"images": {}}]}', '{"levels": [{"images": {"x": {}}}]}'):
-        path.write_text(text)
-        assert f"{path}: no PSNR by image" in error_of(psnr_shares, path)
-    path.write_text("PSNR 3")
-    assert f"{path}: not a JSON file" in error_of(psnr_shares, path)
-    assert "No such file" in error_of(psnr_shares, tmp_path / "none.json")
-
-
 def test_random_patches_hold_images_once_and_refuse_bad_ones() -> None:
     source = random_patches()
     assert all(x.dtype == torch.float32 for x in source.x)
@@ -848,6 +816,13 @@ def test_random_patches_hold_images_once_and_refuse_bad_ones() -> None:
     for size, count in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="size >= 1 and count >= 1"):
             RandomPatches({"a": good}, Degradation(), size, count)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_file_names_that_are_not_text_are_named(tmp_path: Path) -> None:
+    Image.new("L", (20, 20)).save(tmp_path / "good.png")
+    os.rename(os.fsencode(tmp_path / "good.png"), os.fsencode(tmp_path) + b"/bad\xff.png")
+    assert "'bad\\xff.png' is not UTF-8" in error_of(list_images, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- splits

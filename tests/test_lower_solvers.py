@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
+import deepinv
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+import bilevel_imaging as bi
 from bilevel_imaging.cost import Cost
+from bilevel_imaging.data import gaussian_kernel
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.energies.quadratic import QuadraticProblem
@@ -22,6 +25,7 @@ from bilevel_imaging.lower_solvers import (
     HeavyBall,
     LowerSolution,
     LowerSolver,
+    NewtonCG,
     lbfgs,
 )
 from bilevel_imaging.lower_solvers.accelerated_gradient import momentum_step
@@ -407,6 +411,18 @@ def test_float32_stops_at_its_floor(solver):
     reachable = 4 * problem.gradient_rounding(solution.x) / problem.fidelity
     assert (reachable < 3e-3).all()
     assert solver().solve(problem, None, reachable).converged.all()
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, NewtonCG])
+def test_converged_says_that_the_accuracy_is_certified(solver):
+    # of a flat image the gradient is tiny at once, and its rounding, over a small mu, is not
+    energy = bi.VariationalEnergy(bi.TotalVariation(0.1, 0.05), ridge=0.01)
+    physics = deepinv.physics.BlurFFT((1, 12, 12), filter=gaussian_kernel(5, 1.0).float())
+    problem = energy.bind(torch.full((1, 1, 12, 12), 0.5), physics)
+    for tol in (1e-4, 1e-2):
+        solution = solver().solve(problem, None, tol)
+        assert bool(solution.converged) == bool(solution.distance_bound <= 1.01 * tol) == (tol == 1e-2)
+        assert solution.reason == (("converged" if tol == 1e-2 else "stagnated"),)
 
 
 @solvers

@@ -104,3 +104,69 @@ def test_batches_share_the_goal_of_their_mean(monkeypatch):
     third = again.hypergradient(relative=0.1)
     assert asked[known:] == asked[known - 2 : known]
     assert all(torch.equal(third.grad[name], g) for name, g in second.grad.items())
+
+
+@pytest.mark.parametrize("power", [-300, -250, 0, 250])
+def test_scales_whose_squares_can_not_be_represented(power):
+    scale, x_true = 2.0**power, photographs(F64, 16)
+    y = x_true + 0.1 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+
+    def solved(s: float, relative: float) -> bi.Hypergradient:
+        problem = bi.VariationalEnergy(bi.TotalVariation(0.1 * s, 0.1 * s)).bind(s * y, deepinv.physics.Denoising())
+        return bi.hypergradient(problem, bi.SquaredError(), s * x_true, relative=relative)
+
+    h, reference = solved(scale, 0.1), solved(1.0, 1e-6)
+    assert h.certified and 0 < h.bound <= 0.1 * h.norm
+    error = sum((g / scale / scale - reference.grad[n]).square() for n, g in h.grad.items()) ** 0.5
+    assert error <= h.bound / scale / scale + reference.bound
+
+
+def test_polished_certificates_of_relative_goals():
+    energy, x_true, y, physics = deblurring(F64)
+    h = bi.hypergradient(energy.bind(y, physics), bi.SquaredError(), x_true, relative=0.1, certificate="polished")
+    truth = bi.hypergradient(energy.bind(y, physics), bi.SquaredError(), x_true, relative=1e-6).grad
+    assert h.certificate == "polished" and h.relative_bound <= 0.01
+    grad, bound = h.before_polish
+    error = float(sum((grad[n] - g).square() for n, g in truth.items()) ** 0.5)
+    assert error <= bound <= 1.5 * error + 1e-5 * h.norm and bound <= 0.1 * h.norm
+
+
+def test_the_metric_certificate_needs_no_columns():
+    x_true, physics = photographs(F64, 16), deepinv.physics.Denoising()
+    y = x_true + 0.1 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    problem = bi.VariationalEnergy(bi.FieldsOfExperts(3, 3, learn_filters=False)).bind(y, physics)
+    h = bi.hypergradient(problem, bi.SquaredError(), x_true, error_tol=1e-4, residual_tol=1e-4, certificate="metric")
+    truth = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=1e-5)
+    error = float(sum((h.grad[n] - g).square().sum() for n, g in truth.grad.items()) ** 0.5)
+    assert h.certified and h.certificate == "metric" and error <= h.bound + truth.bound
+    assert h.bound <= h.bounds["classical"]
+
+
+def test_starts_have_to_be_finite():
+    energy, x_true, y, physics = deblurring(F32)
+    for name in ("x0", "q0"):
+        with pytest.raises(ValueError, match=f"Expected {name} with finite entries"):
+            bi.hypergradient(
+                energy.bind(y, physics), bi.SquaredError(), x_true, relative=0.1, **{name: x_true * float("nan")}
+            )
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_many_parameters_and_sharp_potentials_need_no_euclidean_bounds(dtype, monkeypatch):
+    """Where curvature times distance is a little too large for the local certificate, Newton steps come first."""
+    x_true, physics = photographs(dtype, 24), deepinv.physics.Denoising()
+    y = x_true + 0.1 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    regularizer = bi.FieldsOfExperts(8, 5, start="dct")
+    with torch.no_grad():
+        regularizer.log_smoothings -= 6.0
+    evaluations, refined = [], refinement.estimate
+
+    def counted(*args, **kwargs):
+        evaluations.append(refined(*args, **kwargs))
+        return evaluations[-1]
+
+    monkeypatch.setattr(refinement, "estimate", counted)
+    problem = bi.VariationalEnergy(regularizer).bind(y, physics)
+    h = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=0.5)
+    assert h.certified and h.bound <= 0.5 * h.norm
+    assert all(list(e.bounds) == ["local"] for e in evaluations)

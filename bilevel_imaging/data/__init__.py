@@ -9,7 +9,6 @@ from bilevel_imaging.data.patches import center_crop, extract_patches
 from bilevel_imaging.data.photographs import COLOR_PHOTOGRAPHS, PHOTOGRAPH_SPLIT, photographs
 from bilevel_imaging.data.random_patches import RandomPatches
 from bilevel_imaging.data.reading import EXTENSIONS, luminance, read_image
-from bilevel_imaging.data.scores import psnr_shares
 from bilevel_imaging.data.splits import Split, keyed_generator, split_names
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "cartesian_mask",
     "magnitude",
     "photographs",
-    "psnr_shares",
     "read_image",
     "split_names",
 ]

@@ -22,7 +22,8 @@ def list_images(path: str | os.PathLike[str]) -> list[str]:
     "._photo.jpg" files that are no images).
 
     Raises:
-        DataError: folder missing, not a folder, not readable, or without images.
+        DataError: folder missing, not a folder, not readable, or without images; a name that is not UTF-8, which
+            nothing could be recorded by.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -34,6 +35,12 @@ def list_images(path: str | os.PathLike[str]) -> list[str]:
         raise DataError(
             f"{root}: no images found in it or its subfolders. Searched for {', '.join(EXTENSIONS)} (any case)."
         )
+    for name in names:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise DataError(f"{root}: the file name '{shown}' is not UTF-8. Rename it.") from None
     return names
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -22,8 +21,8 @@ class RandomPatches:
     """Whole images, once in memory as float32, from which every minibatch is cut anew.
 
     A minibatch is a pure function of seed and step: crops at random positions of random images (each image equally
-    likely, if nothing else is asked for), turned by a random multiple of 90 degrees and flipped or not, with noise of
-    their own. The operator is that of the degradation for the patch size, the same for all (one mask in inpainting).
+    likely), turned by a random multiple of 90 degrees and flipped or not, with noise of their own. The operator is that
+    of the degradation for the patch size, the same for all (one mask in inpainting).
 
     Args:
         images: ``(name, image)`` pairs or a mapping, images ``(C, H, W)`` in [0, 1] of any sizes and one number of
@@ -34,7 +33,6 @@ class RandomPatches:
         dtype: of the minibatches and the operator.
         device: of the minibatches and the operator.
         seed: another seed, other crops.
-        shares: how often crops come from an image, relative to others, by its name; ``None`` for equally often.
 
     Attributes:
         names: of the images.
@@ -42,8 +40,7 @@ class RandomPatches:
 
     Raises:
         ValueError: size or count below 1.
-        DataError: no images, one smaller than a crop, images of gray and color, or a share that is missing or not a
-            positive number.
+        DataError: no images, one smaller than a crop, or images of gray and color.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class RandomPatches:
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
         seed: int = 0,
-        shares: Mapping[str, float] | None = None,
     ) -> None:
         if size < 1 or count < 1:
             raise ValueError(f"Expected size >= 1 and count >= 1. Got size={size}, count={count}.")
@@ -70,7 +66,6 @@ class RandomPatches:
             self.x.append(image.detach().to("cpu", torch.float32))
         if not self.x:
             raise DataError("Expected at least one image. Got none: the list of images is empty.")
-        self._upto = None if shares is None else _cumulative(self.names, shares)
         self.degradation, self.size, self.count, self.seed = degradation, size, count, seed
         self.dtype, self.device = dtype, torch.device(device)
         shape = degradation.image(self.x[0][:, :size, :size]).shape
@@ -97,22 +92,8 @@ class RandomPatches:
         def draw(count: int) -> int:
             return int(torch.randint(count, (), generator=generator))
 
-        if self._upto is None:
-            image = self.x[draw(len(self.x))]
-        else:
-            level = self._upto[-1] * torch.rand((), dtype=torch.float64, generator=generator)
-            image = self.x[int(torch.searchsorted(self._upto[:-1], level, right=True))]
+        image = self.x[draw(len(self.x))]
         top, left = draw(image.shape[-2] - self.size + 1), draw(image.shape[-1] - self.size + 1)
         crop = image[:, top : top + self.size, left : left + self.size]
         crop = crop.rot90(draw(4), (-2, -1))
         return crop.flip(-1) if draw(2) else crop
-
-
-def _cumulative(names: list[str], shares: Mapping[str, float]) -> Tensor:
-    """Sums of the first 1, 2, ... shares, float64."""
-    for name in names:
-        if name not in shares:
-            raise DataError(f"{name}: expected a share of every image. Got none for this one.")
-        if not 0 < shares[name] < math.inf:
-            raise DataError(f"{name}: expected its share as a finite number > 0. Got {shares[name]!r}.")
-    return torch.tensor([float(shares[name]) for name in names], dtype=torch.float64).cumsum(0)

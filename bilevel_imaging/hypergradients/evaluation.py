@@ -12,7 +12,7 @@ from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import LinearSolution
-from bilevel_imaging.tensors import entries, inner, norm, products
+from bilevel_imaging.tensors import entries, inner, length, norm, products
 
 # relative rounding of the coefficients from which an energy norm was computed
 ENERGY_SLACK = 1e-2
@@ -65,7 +65,7 @@ class Estimate:
     @property
     def norm(self) -> float:
         """||grad||_2."""
-        return float(self.flat.norm())
+        return length(self.flat)
 
     def best(self, names: tuple[str, ...]) -> tuple[Tensor, Bound, str]:
         """Smallest of the named bounds for every sample, its parts, and the name that wins most often."""
@@ -287,8 +287,8 @@ def _local(
 
 def forecast(point: Point, rhs: Tensor, solution: LinearSolution) -> LocalMeasurements | None:
     """What an evaluation would measure in the norm of the Hessian, before rounding: ``None`` where that is not known
-    without a product, from the residual of a solve of H q = ``rhs`` at the point or near it."""
-    if solution.residual is None or point.plain or point.value_reason:
+    cheaply, from the columns of J and the residual of a solve of H q = ``rhs`` at the point or near it."""
+    if solution.residual is None or point.plain or point.value_reason or point.columns is None:
         return None
     product, none = rhs - solution.residual, torch.zeros_like(point.rounding)
     return _local(point, solution.q, product, solution.residual, none, solution, gradient=True)

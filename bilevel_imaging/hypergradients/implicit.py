@@ -17,14 +17,14 @@ from bilevel_imaging.hypergradients.refinement import Refiner
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
-from bilevel_imaging.tensors import as_per_sample, norm
+from bilevel_imaging.tensors import all_finite, as_per_sample, length, norm
 
 CERTIFICATES = ("auto", "classical", "directional", "metric", "local", "polished")
 MAX_CORRECTIONS = 10
 # with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
 FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 3e-4, 0.5, 1 / 3
 # the same, at most, where the parameters are too many for columns of J
-FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-2, 64
+FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-3, 64
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
@@ -77,6 +77,9 @@ def hypergradient(
         ValueError: unknown certificate, contradictory or invalid accuracies, shapes that do not fit, no parameters.
     """
     _check_request(problem, certificate, error_tol, residual_tol, relative, bound_tol)
+    for name, given in (("x0", x0), ("q0", q0)):
+        if given is not None and not all_finite(given):
+            raise ValueError(f"Expected {name} with finite entries. Got NaN or infinity; leave it out to start cold.")
     start, before = time.perf_counter(), problem.cost.copy()
     oracle = LossOracle(loss, x_true, problem.shape)
     linear = ConjugateGradient(preconditioner="auto") if linear is None else linear
@@ -88,12 +91,12 @@ def hypergradient(
     reason = ""
     if relative is None and bound_tol is None:
         current = _solve_at(refiner, x0, q0, error_tol, residual_tol)
-        if certificate == "polished":
-            polished_from = current
-            current, verifier = _polish(refiner, current, names)
     else:
         goal = _Goal(relative, bound_tol)
         current, reason = _refine(refiner, x0, q0, goal, names, max_rounds)
+    if certificate == "polished":
+        polished_from = current
+        current, verifier = _polish(refiner, current, names)
     cost = problem.cost - before + Cost(seconds=time.perf_counter() - start)
     return _result(refiner, current, polished_from, verifier, names, reason, cost)
 
@@ -164,12 +167,12 @@ def _total(current: Estimate, names: tuple[str, ...]) -> float:
         return float("inf")
     total = float(current.best(names)[0].mean())
     if current.component_bounds is not None and "directional" in names:
-        total = min(total, float(current.component_bounds.mean(0).norm()))
+        total = min(total, length(current.component_bounds.mean(0)))
     return total if total == total else float("inf")
 
 
 def _distance(a: Estimate, b: Estimate) -> float:
-    return float((a.flat - b.flat).norm())
+    return length(a.flat - b.flat)
 
 
 def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[Estimate, Estimate]:
@@ -217,7 +220,8 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     first_error, first_residual = FIRST_ERROR * min(fraction, 0.1), FIRST_RESIDUAL * fraction**0.5
     if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
         # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
-        first_error, first_residual = min(first_error, FIRST_ERROR_MANY), min(first_residual, FIRST_RESIDUAL_MANY)
+        first_error = min(first_error, FIRST_ERROR_MANY)
+        first_residual = min(first_residual, FIRST_RESIDUAL_MANY * fraction)
     elif (metric := problem.metric()) is not None:
         # most of G is not where M is smallest: x is much nearer than ||G|| / mu says
         size = size * (metric.highest / metric.lowest).pow(FIRST_SPREAD).to(size.dtype)

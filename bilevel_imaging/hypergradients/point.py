@@ -147,17 +147,13 @@ class Point:
 
     @cached_property
     def metric(self) -> Metric | None:
-        """The problem's metric, where the columns of J can be measured in it."""
-        return None if self.columns is None else self._energy_metric
-
-    @cached_property
-    def _energy_metric(self) -> Metric | None:
+        """The problem's metric."""
         return self.problem.metric()
 
     @cached_property
     def metric_grad_norm(self) -> Tensor:
         """||G||_{M^-1} with rounding, ``(B,)`` float64."""
-        return self.metric_norm(self.gradient) + self.rounding / self._energy_metric.lowest.sqrt()
+        return self.metric_norm(self.gradient) + self.rounding / self.metric.lowest.sqrt()
 
     def metric_norm(self, v: Tensor) -> Tensor:
         """||v||_{M^-1}, ``(B,)`` float64; that of the gradient and that of the latest v are remembered."""
@@ -168,7 +164,7 @@ class Point:
         return self._measured[1]
 
     def _metric_norm(self, v: Tensor) -> Tensor:
-        metric = self._energy_metric
+        metric = self.metric
         return self.norm(v) / metric.lowest.sqrt() if metric.multiple else metric.squared_norm(v).sqrt()
 
     @cached_property
@@ -178,7 +174,7 @@ class Point:
     @cached_property
     def _gram(self) -> Tensor:
         """J^T M^{-1} J, ``(B, n, n)`` float64."""
-        white = [self._energy_metric.whiten(column) for column in self.columns.unbind(1)]
+        white = [self.metric.whiten(column) for column in self.columns.unbind(1)]
         gram = self.columns.new_empty((len(self.columns), len(white), len(white)), dtype=torch.float64)
         for j, column in enumerate(white):
             for k, other in enumerate(white[: j + 1]):
@@ -187,8 +183,8 @@ class Point:
 
     @cached_property
     def metric_mixed_norm(self) -> Tensor:
-        """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64."""
-        if self.metric.multiple:
+        """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64; without columns from ||J||."""
+        if self.columns is None or self.metric.multiple:
             return self.mixed_norm / self.metric.lowest.sqrt()
         return torch.linalg.eigvalsh(self._gram)[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
 
@@ -200,14 +196,14 @@ class Point:
         bound = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
         if self.plain:
             return bound
-        if self._energy_metric is not None:  # asks for no column of J, which a value has no use for
-            bound = torch.minimum(bound, self.metric_grad_norm / self._energy_metric.lowest.sqrt())
+        if self.metric is not None:  # asks for no column of J, which a value has no use for
+            bound = torch.minimum(bound, self.metric_grad_norm / self.metric.lowest.sqrt())
         return torch.minimum(bound, self.energy_distance / self.constants.strong_convexity.double().sqrt())
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
         mu = self.constants.strong_convexity.double()
-        return dual_norm(self.norm(v), mu, self._energy_metric, lambda: self.metric_norm(v))
+        return dual_norm(self.norm(v), mu, self.metric, lambda: self.metric_norm(v))
 
     @cached_property
     def dual_grad_norm(self) -> Tensor:
@@ -270,7 +266,7 @@ class Point:
         blocks, or ``None``, where there are no columns."""
         if self.columns is None:
             return self.linearization.mixed_block_norms(self.constants.strong_convexity)
-        mu, metric = self.constants.strong_convexity.double(), self._energy_metric
+        mu, metric = self.constants.strong_convexity.double(), self.metric
         norms = self.column_norms / lowest_multiple(mu, metric).sqrt().unsqueeze(1)
         if metric is not None and not metric.multiple:
             norms = torch.minimum(norms, self._gram.diagonal(dim1=1, dim2=2).sqrt() * (1 + 1e-12))

@@ -16,7 +16,7 @@ from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.tensors import entries, inner, norm, per_sample
+from bilevel_imaging.tensors import entries, inner, length, norm, per_sample
 
 # a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
 LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
@@ -78,14 +78,27 @@ class Refiner:
         as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
-        point = self.point(self.lower_solution.x)
-        rhs = self.loss.grad(self.lower_solution.x)
+        point = start = self.point(self.lower_solution.x)
+        if aim is not None and point.columns is None:
+            point = self._nearer(point)
+        rhs = self.loss.grad(self.lower_solution.x) if point is start else point.loss_grad.to(self.problem.dtype)
         residual_tol = residual_tol * norm(rhs) if relative else residual_tol
         self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
         if aim is not None:
             point = self._aimed(point, rhs, aim)
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
+
+    def _nearer(self, point: Point) -> Point:
+        """Newton steps to where the local certificate is valid, if that is not far: without columns of J the others
+        are so large that they would ask for far more."""
+        for _ in range(MAX_FIRST_STEPS):
+            if point.constants.strong_convexity is None or point.relative_curvature is None or self._is_near(point):
+                break
+            if not self._in_reach(point):
+                break
+            point = self.newton_step(point, SMALLEST_FACTOR)
+        return point
 
     def _aimed(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> Point:
         """Newton steps where the lower level would keep the bound above the aim, then the adjoint for what is left.
@@ -94,9 +107,9 @@ class Refiner:
         """
         start, solution = point, self.linear_solution
         at, m = point, forecast(point, rhs, solution)
-        if m is None or not self._in_reach(m, point):
+        if m is None or not (bool(m.valid.all()) or self._in_reach(point)):
             return point
-        goal = aim(float(entries(adjoint_gradient(point, solution.q)).norm()))
+        goal = aim(length(entries(adjoint_gradient(point, solution.q))))
         if goal == 0:
             return point
         lower = _lower_part(m, point)
@@ -113,7 +126,8 @@ class Refiner:
         if bool(m.valid.all()):
             left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
             part = certificates.local(m)[0].total - _lower_part(m, at)
-            residual_tol = residual_tol * (left / part.clamp(min=1e-300)).clamp(max=1.0).to(rhs.dtype)
+            tighter = (left / part.clamp(min=1e-300)).nan_to_num(nan=1.0).clamp(max=1.0)
+            residual_tol = residual_tol * tighter.to(rhs.dtype)
         if point is not start:
             rhs = point.loss_grad.to(rhs.dtype)
             latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, rhs), q0=solution.q)
@@ -257,11 +271,9 @@ class Refiner:
         return bool(point.energy_distance.isfinite().all())
 
     @staticmethod
-    def _in_reach(m: LocalMeasurements, point: Point) -> bool:
+    def _in_reach(point: Point) -> bool:
         """Whether Newton steps should soon make the local certificate valid, where it is not."""
-        if bool(m.valid.all()):
-            return True
-        curvature = point.curvature_on(torch.full_like(m.strong_convexity, 1e-30))
+        curvature = point.curvature_on(torch.full_like(point.dual_grad_norm, 1e-30))
         return bool((curvature * point.dual_grad_norm < REACH).all())
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.linear_solvers.base import LinearSolution
 from bilevel_imaging.lower_solvers.base import LowerSolution
+from bilevel_imaging.tensors import entries, length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Hypergradient:
     @property
     def norm(self) -> float:
         """||grad||_2 over all parameters."""
-        return float(sum(float(g.detach().double().square().sum()) for g in self.grad.values()) ** 0.5)
+        return length(entries(self.grad))
 
     @property
     def distance(self) -> float:
@@ -107,7 +108,7 @@ def average(parts: Sequence[Hypergradient], sizes: Sequence[int], *, earlier: Co
         }
     verified_by = _average_pair(parts, weights, "verified_by")
     bound = _against((grad, mean([p.bound for p in parts])), verified_by)[1]
-    size = float(sum(float(g.detach().double().square().sum()) for g in grad.values()) ** 0.5)
+    size = length(entries(grad))
     reasons = sorted({p.reason for p in parts if p.reason})
     return Hypergradient(
         grad=grad,

@@ -22,6 +22,7 @@ def descend(
     cold: bool,
 ) -> LowerSolution:
     """Minimize from x ``(B, *image)`` to accuracies ``(B,)``; between the runs, see which images have stagnated."""
+    asked = error_tol
     curvature, error_tol = within_rounding(problem, x, error_tol)
     counts = torch.zeros(x.shape[0], dtype=torch.int64)
     x = x.clone(memory_format=torch.contiguous_format)
@@ -44,6 +45,6 @@ def descend(
         state.status, state.iterations, state.idle = (v.clone() for v in (at.status, at.iterations, at.idle))
         settle(problem, state, max_iter)
         if not state.runs:
-            return solution_of(problem, state)
+            return solution_of(problem, state, asked)
         at.status.copy_(state.status)
         begin, initial = "continued", None

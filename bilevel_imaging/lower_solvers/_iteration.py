@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.lower_solvers.base import LowerSolution, LowerSolver
+from bilevel_imaging.lower_solvers.base import CERTIFIED_SLACK, LowerSolution, LowerSolver
 from bilevel_imaging.tensors import as_per_sample, norm, per_sample
 
 State = dict[str, Tensor]
@@ -55,7 +55,8 @@ class Run:
         self.smoothness = _known(constants.smoothness, self.x, unknown=math.inf)
         self.knows_strong_convexity = bool((mu > 0).all())
         self.knows_smoothness = bool(self.smoothness.isfinite().all())
-        self.tol = as_per_sample(error_tol, self.x, "error_tol") * torch.where(mu > 0, mu, torch.ones_like(mu))
+        self._asked = as_per_sample(error_tol, self.x, "error_tol")
+        self.tol = self._asked * torch.where(mu > 0, mu, torch.ones_like(mu))
         # what is certified is the measured gradient plus its rounding errors
         rounding = problem.gradient_rounding_beside(self.x, self.tol).to(self.tol)
         self.tol = self.tol - torch.minimum(torch.where(mu > 0, rounding, 0.0), 0.5 * self.tol)
@@ -150,16 +151,17 @@ class Run:
         """The evidence for the whole batch, at the best point measured of every sample."""
         self._store()
         size, mu = self._results["grad_norm"], self._full_mu
-        converged = size <= self._full_tol
-        rows = zip(
-            converged.tolist(), self._results["active"].tolist(), self._results["stagnated"].tolist(), strict=True
-        )
         certified = (mu > 0) & size.isfinite()
         rounding = self._full_problem.gradient_rounding_beside(self._results["x"], size).to(size)
+        bound = torch.where(certified, (size + rounding) / mu, math.inf)
+        reached = size <= self._full_tol
+        rounded = reached & certified & (bound > (1 + CERTIFIED_SLACK) * self._asked)
+        converged, stagnated = reached & ~rounded, self._results["stagnated"] | rounded
+        rows = zip(converged.tolist(), self._results["active"].tolist(), stagnated.tolist(), strict=True)
         return LowerSolution(
             x=self._results["x"],
             grad_norm=size,
-            distance_bound=torch.where(certified, (size + rounding) / mu, math.inf),
+            distance_bound=bound,
             iterations=self._results["iterations"],
             converged=converged,
             reason=tuple(_reason(*row) for row in rows),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.lower_solvers.base import LowerSolution
+from bilevel_imaging.lower_solvers.base import CERTIFIED_SLACK, LowerSolution
 
 RUNNING, CONVERGED, MAX_ITER, STAGNATED, NOT_FINITE = range(5)
 _REASONS = ("running", "converged", "max_iter", "stagnated", "not finite")
@@ -82,16 +82,21 @@ def _at_floor(problem: LowerLevelProblem, state: NewtonState) -> Tensor:
     return at_gradient_floor | (excess <= ENERGY_UNITS * unit * problem.value(state.best_x).abs())
 
 
-def solution_of(problem: LowerLevelProblem, state: NewtonState) -> LowerSolution:
+def solution_of(problem: LowerLevelProblem, state: NewtonState, error_tol: Tensor) -> LowerSolution:
+    """What is reported of a solve that was asked for ``error_tol`` ``(B,)``."""
     size = torch.where(state.best_size.isfinite(), state.best_size, torch.inf)
     mu = problem.constants().strong_convexity
     rounding = problem.gradient_rounding_beside(state.best_x, size).to(size)
     bound = torch.full_like(size, torch.inf) if mu is None else (size + rounding) / mu.to(size)
+    status = state.status
+    if mu is not None:
+        rounded = (status == CONVERGED) & (bound > (1 + CERTIFIED_SLACK) * error_tol)
+        status = torch.where(rounded, STAGNATED, status)
     return LowerSolution(
         x=state.best_x,
         grad_norm=size,
         distance_bound=bound,
         iterations=state.iterations,
-        converged=state.status == CONVERGED,
-        reason=tuple(_REASONS[code] for code in state.status.tolist()),
+        converged=status == CONVERGED,
+        reason=tuple(_REASONS[code] for code in status.tolist()),
     )

@@ -19,7 +19,8 @@ class LowerSolution:
         grad_norm: ||grad_x g_i(x_i)||, ``(B,)``.
         distance_bound: ||x_i - x_i*|| <= (grad_norm + its rounding error) / mu, ``(B,)``; inf where mu is not known.
         iterations: per sample, int64 ``(B,)``.
-        converged: ``grad_norm <= mu * error_tol``, bool ``(B,)``.
+        converged: ``grad_norm <= mu * error_tol``, and so is, to a hundredth, what is certified of it: rounding may be
+            more than was asked for; bool ``(B,)``.
         reason: why each sample stopped: "converged", "max_iter", "stagnated" (rounding floor), "not finite".
     """
 
@@ -29,6 +30,10 @@ class LowerSolution:
     iterations: Tensor
     converged: Tensor
     reason: tuple[str, ...]
+
+
+# part of an accuracy by which the rounding at the end may exceed that at the start
+CERTIFIED_SLACK = 1e-2
 
 
 class LowerSolver(abc.ABC):

@@ -126,7 +126,7 @@ class NewtonCG(LowerSolver):
             linearization = self._step(working, linearization, state, known)
             settle(working, state, limit)
         _put(everything, state)
-        return solution_of(problem, everything)
+        return solution_of(problem, everything, error_tol)
 
     def _step(
         self, problem: LowerLevelProblem, linearization: Linearization, state: _State, known: bool
