@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from bilevel_imaging.config import RunConfig
 from bilevel_imaging.training.distributed import joined, launched
+from bilevel_imaging.training.run_folder import locked, new_folder
 
 CONFIG_FILE = "config.yaml"
-RUNS_FOLDER = Path("runs")
 # what a folder that holds a run has, and what to say of it
-RUN_FILES, RUN_EXISTS = (CONFIG_FILE, "metrics.jsonl"), "already holds a run. Continue it with --resume {output}."
-# what may be changed when a run is continued: nothing on which its steps depend
-RESUME_MAY_CHANGE = ("upper.max_steps", "logging.")
+RUN_FILES = (CONFIG_FILE, "metrics.jsonl", "checkpoints")
+RUN_EXISTS = "already holds a run. Continue it with --resume {output}."
 _SHORT = {"total_variation": "tv", "denoising": "denoise", "deblurring": "deblur", "inpainting": "inpaint"}
 
 
@@ -80,7 +82,34 @@ def one_line(error: Exception) -> str:
     elif text.startswith("Group '") and "does not accept option" in text:
         group, option = text.split("'")[1], text.split("'")[3]
         text = f"unknown option {group}.{option}.{_suggestion(f'--{group}.{option}')}"
-    return text
+    elif text.startswith("Option '") and text.endswith("' is not accepted"):
+        option = text.split("'")[1]
+        text = f"unknown option {option}.{_suggestion(option)}"
+    return _VALUE.sub(_expected, text)
+
+
+# what the parser says of a value of a wrong type, and how the types are called here
+_VALUE = re.compile(
+    r"(?:Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*)\] Errors: .* Given value: "
+    r"|Expected a (?P<type>\w+)\. Got value: )(?P<value>.*)$"
+)
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "NoneType": "null",
+    "tuple[float, float]": "two numbers in brackets",
+}
+
+
+def _expected(found: re.Match[str]) -> str:
+    """The message about one value, in the words of all others."""
+    types = re.split(r", (?![^\[]*\])", found["types"] or found["type"])
+    named = [_TYPES.get(name, name) for name in types]
+    value = "null" if found["value"] == "None" else found["value"]
+    return f"expected {' or '.join(named)}. Got {value}."
 
 
 def _suggestion(option: str) -> str:
@@ -90,6 +119,45 @@ def _suggestion(option: str) -> str:
     if dot and group in known:
         return f" Allowed in {group}: {', '.join(f.name for f in fields(known[group]))}."
     return f" Allowed groups: {', '.join(known)}; see --help."
+
+
+def check_device(option: str, device: str) -> None:
+    """Refuse a device that this machine does not have, before anything is computed.
+
+    Raises:
+        ValueError: an unknown one, or CUDA where it is not available.
+    """
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"{option}: expected cpu or cuda. Got {device!r}.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{option}: {device} is not available on this machine. Choose cpu.")
+
+
+def check_writable(option: str, path: str | Path | None) -> None:
+    """Refuse a file that could not be written at the end, before anything is computed; nothing is left behind.
+
+    Raises:
+        ValueError: a folder is there, or it cannot be written.
+    """
+    if path is None:
+        return
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder. Give a file.")
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {path}: cannot be written ({error.strerror}).") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def make_parser(program: str, description: str) -> Any:
@@ -107,7 +175,9 @@ def _train_parser() -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file with settings; --group.key value overrides it")
     parser.add_argument("--output", type=str | None, default=None, help="run folder (default: a new one in runs/)")
-    parser.add_argument("--resume", type=str | None, default=None, help="run folder to continue, bit for bit")
+    parser.add_argument(
+        "--resume", type=str | None, default=None, help="run folder to continue; parameters bit for bit"
+    )
     parser.add_class_arguments(RunConfig, None)
     texts = _descriptions(RunConfig)
     for action in parser._actions:
@@ -145,10 +215,15 @@ def _train(argv: Sequence[str] | None) -> int:
         config = configuration(parser, parsed).resolved()
     from bilevel_imaging.training_run import train
 
-    with joined(config.problem.device) as processes:
-        if not resume:
+    with joined(config.problem.device) as processes, ExitStack() as held:
+
+        def claimed() -> Path:
+            if resume:
+                return held.enter_context(locked(folder))
             name = _run_name(parsed, config)
-            folder = processes.first(lambda: new_folder(parsed.output, name, RUN_FILES, RUN_EXISTS))
+            return held.enter_context(new_folder(parsed.output, name, RUN_FILES, RUN_EXISTS))
+
+        folder = processes.first(claimed)
         return train(config, folder, resume=resume, processes=processes)
 
 
@@ -183,12 +258,7 @@ def _continued(parser: Any, arguments: list[str], folder: Path, output: str | No
     # The saved settings come first, so that whatever is given again overrides them and can be compared.
     given = parser.parse_args([f"--config={folder / CONFIG_FILE}", *arguments])
     config = configuration(parser, given).resolved()
-    changed = [name for name in saved.differences(config) if not name.startswith(RESUME_MAY_CHANGE)]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)}: cannot change when a run is resumed, only upper.max_steps and logging can. "
-            "Start a new run for other settings."
-        )
+    config.check_resumes(saved)
     return config, folder
 
 
@@ -199,36 +269,6 @@ def _run_name(parsed: Any, config: RunConfig) -> str:
         return path.stem if path.name != CONFIG_FILE else path.absolute().parent.name
     kinds = (config.regularizer.kind, config.problem.kind)
     return "_".join(_SHORT.get(kind, kind) for kind in kinds) + ("_color" if config.data.color else "")
-
-
-def new_folder(output: str | None, name: str, files: Sequence[str], taken: str) -> Path:
-    """The folder asked for, or the first free one in runs/, made at once so that no other run takes it.
-
-    Args:
-        output: what the user asked for.
-        name: of a folder in runs/.
-        files: a folder that holds one of them is not overwritten.
-        taken: what to say then; ``{output}`` stands for the folder.
-
-    Raises:
-        ValueError: the folder cannot be used.
-    """
-    if output is not None:
-        folder = Path(output).expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output {output}: is a file. Give a folder.")
-        if any((folder / file).exists() for file in files):
-            raise ValueError(f"--output {output}: {taken.format(output=output)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    for number in range(1, 10_000):
-        folder = RUNS_FOLDER / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise ValueError(f"{RUNS_FOLDER}: too many runs named {name}. Give --output.")
 
 
 def _evaluate(argv: Sequence[str] | None) -> int:
@@ -252,6 +292,8 @@ def _evaluate(argv: Sequence[str] | None) -> int:
         raise ValueError(f"--crop: expected an integer >= 0. Got {parsed.crop}.")
     folder = Path(parsed.run).expanduser()
     config = read_config(folder)
+    for option in ("json", "picture"):
+        check_writable(f"--{option}", getattr(parsed, option))
     from bilevel_imaging.training_run import evaluate_run
 
     return evaluate_run(config, folder, parsed.data, parsed.crop, parsed.json, parsed.picture)

@@ -10,11 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bilevel_imaging.cli import configuration, guarded, make_parser, new_folder
+from bilevel_imaging.cli import check_writable, configuration, guarded, make_parser
 from bilevel_imaging.config import LinearConfig, LowerConfig, RunConfig, UpperConfig
+from bilevel_imaging.training.run_folder import new_folder
 
 RECORD_FILE, FIGURE_FILE, BOARD_FOLDER = "record.json", "comparison.png", "tensorboard"
 METHODS = ("maid", "maid_paper", "hoag", "adam")
+RECORD_EXISTS = "already holds a comparison. Give another folder."
 BUDGET = 20_000
 # of upper.max_steps where nothing else is given: the budget ends a run, not this
 MAX_STEPS = 100_000
@@ -65,29 +67,29 @@ def _compare(argv: Sequence[str] | None) -> int:
     objective, error_tol = _objectives(config, parsed.seeds)
     for one in configs.values():
         objective(one, parsed.seeds[0])  # mistakes in any of the settings show before the first method runs
-    folder = new_folder(parsed.output, "comparison", [RECORD_FILE], "already holds a comparison. Give another folder.")
+    with new_folder(parsed.output, "comparison", [RECORD_FILE], RECORD_EXISTS) as folder:
 
-    def save(record: dict[str, Any]) -> None:
-        for path in filter(None, (folder / RECORD_FILE, parsed.json and Path(parsed.json).expanduser())):
-            write_json(path, record | {"config": asdict(config)})
+        def save(record: dict[str, Any]) -> None:
+            for path in filter(None, (folder / RECORD_FILE, parsed.json and Path(parsed.json).expanduser())):
+                write_json(path, record | {"config": asdict(config)})
 
-    record = method_comparison.run(
-        specs,
-        lambda spec, seed: objective(configs[spec.label], seed),
-        budget=parsed.budget,
-        error_tol=error_tol,
-        seeds=parsed.seeds,
-        reference=lambda seed: objective(_exact(config), seed),
-        save=save,
-        progress=config.logging.progress,
-    )
-    save(record)
-    _show(record, config, folder)
-    if record["complete"]:
-        return 0
-    count = len(specs) * len(parsed.seeds)
-    print(f"Stopped after {len(record['runs'])} of {count} runs, which are kept.", file=sys.stderr)
-    return 130
+        record = method_comparison.run(
+            specs,
+            lambda spec, seed: objective(configs[spec.label], seed),
+            budget=parsed.budget,
+            error_tol=error_tol,
+            seeds=parsed.seeds,
+            reference=lambda seed: objective(_exact(config), seed),
+            save=save,
+            progress=config.logging.progress,
+        )
+        save(record)
+        _show(record, config, folder)
+        if record["complete"]:
+            return 0
+        count = len(specs) * len(parsed.seeds)
+        print(f"Stopped after {len(record['runs'])} of {count} runs, which are kept.", file=sys.stderr)
+        return 130
 
 
 def _show(record: dict[str, Any], config: RunConfig, folder: Path) -> None:
@@ -105,6 +107,7 @@ def _show(record: dict[str, Any], config: RunConfig, folder: Path) -> None:
 
 def _check(config: RunConfig, parsed: Any) -> None:
     """Refuse what cannot be compared."""
+    check_writable("--json", parsed.json)
     if parsed.budget < 1:
         raise ValueError(f"--budget: expected an integer >= 1. Got {parsed.budget}.")
     for key in ("methods", "seeds"):
@@ -146,8 +149,8 @@ def _with_method(parser: Any, config: RunConfig, text: str) -> RunConfig:
 
 
 def _spec(text: str, config: RunConfig) -> Any:
-    from bilevel_imaging.assembly import make_method
     from bilevel_imaging.experiments.method_comparison import MethodSpec
+    from bilevel_imaging.training_run import make_method
 
     make_method(config.upper)  # wrong settings are found before anything runs
     defaults = UpperConfig(method=config.upper.method)

@@ -45,9 +45,6 @@ class DataConfig:
         patches_per_image: patches from every training image; in tomography and MRI it is always the center alone.
         random_patches: instead of so many fixed patches, cut ``upper.minibatch`` new ones for every step, turned and
             flipped at random, with new noise; for large folders and many steps of a first-order method.
-        scores: record.json of ``scripts/reproduce.py denoising`` on the training images: random patches come from an
-            image in proportion to 10^(PSNR / 10), so that the mean PSNR is learned; empty for equally often, which
-            learns the mean squared error.
         color: train on RGB instead of gray images; not in MRI.
         batch_size: most images solved together; limits memory, and changes results within their certificates only.
             Under torchrun processes share the batches, which become smaller where some would have too little to do.
@@ -65,7 +62,6 @@ class DataConfig:
     patch_size: int = 128
     patches_per_image: int = 2
     random_patches: bool = False
-    scores: str = ""
     color: bool = False
     batch_size: int = 64
     max_images: int = 0
@@ -367,7 +363,7 @@ class LoggingConfig:
         tensorboard: write TensorBoard events.
         progress: show the progress.
         evaluate: at the end, compare on the test images with total variation (or the same tikhonov) whose weight is
-            found by a grid search on training patches.
+            found by a grid search on training patches; false for the scores of what was learned alone.
     """
 
     validate_every: int = 5
@@ -431,8 +427,6 @@ class RunConfig:
             raise ValueError(
                 "data.random_patches: expected upper.minibatch, the number of patches of a step. Got null."
             )
-        if data.scores and not data.random_patches:
-            raise ValueError("data.scores: only chooses random patches. Set data.random_patches true or leave it out.")
         if data.warm_starts != "memory" and (data.random_patches or upper.minibatch is None):
             raise ValueError(
                 f"data.warm_starts: expected memory unless fixed patches come in minibatches. Got {data.warm_starts}."
@@ -440,7 +434,7 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """The same with choices that were left open filled in and folders as absolute paths."""
-        folders = {n: _absolute(getattr(self.data, n)) for n in ("train", "val", "test", "scores")}
+        folders = {n: _absolute(getattr(self.data, n)) for n in ("train", "val", "test")}
         regularizer = replace(self.regularizer.resolved(), start=_absolute(self.regularizer.start))
         ridge, upper = self.problem.ridge, self.upper
         lr = DEFAULT_LR.get(upper.method) if upper.lr is None else upper.lr

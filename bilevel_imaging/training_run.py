@@ -6,6 +6,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from bilevel_imaging import assembly
-from bilevel_imaging.config import RunConfig
+from bilevel_imaging.config import RunConfig, UpperConfig
 from bilevel_imaging.data import ImagePairs, RandomPatches
 from bilevel_imaging.energies import DataWeight, SamplingMask, VariationalEnergy
 from bilevel_imaging.errors import CheckpointError, DataError
@@ -23,7 +25,7 @@ from bilevel_imaging.export import load_regularizer, save_regularizer, versions
 from bilevel_imaging.lower_solvers import LOWER_SOLVERS
 from bilevel_imaging.regularizers import Regularizer
 from bilevel_imaging.training import Trainer, TrainingResult
-from bilevel_imaging.training.checkpoints import atomic_write
+from bilevel_imaging.training.checkpoints import DISK_FULL, atomic_write
 from bilevel_imaging.training.comparison import comparison_figure
 from bilevel_imaging.training.distributed import ALONE, Processes, shared_batch_size
 from bilevel_imaging.training.evaluation import Evaluation, GridSearch, baseline, evaluate, grid_search
@@ -36,7 +38,7 @@ from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.sampling import compare_patterns, describe_patterns
 from bilevel_imaging.training.state import digest
 from bilevel_imaging.training.validation import Validator
-from bilevel_imaging.upper_level import FOLLOWING_METHODS
+from bilevel_imaging.upper_level import FOLLOWING_METHODS, FirstOrder, UpperLevelMethod
 
 CONFIG_FILE, DATA_FILE, SUMMARY_FILE = "config.yaml", "data.json", "summary.json"
 REGULARIZER_FILE = "regularizer.safetensors"
@@ -57,25 +59,18 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, processes: P
     Returns:
         exit code: 0; 1 if the training diverged; 130 if it was interrupted.
     """
-    try:
-        data, config = processes.everywhere(
-            lambda: _shared_out(config, assembly.training_data(config), resume, processes)
-        )
-        objective = processes.everywhere(
-            lambda: assembly.make_objective(config, assembly.make_energy(config), data, folder)
-        )
-        objective.spread(processes)
-        trainer = processes.everywhere(lambda: make_trainer(config, folder, objective))
-        images = {"names": data.names, "digest": digest([x.cpu() for x in data.x])}
-        processes.check_same("training images", lambda: images)
-        processes.first(lambda: _begin(config, folder, images, resume))
-    except BaseException:
-        # a mistake in the settings must not leave an empty folder behind
-        if processes.rank == 0 and not resume and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    data, config = processes.everywhere(lambda: _shared_out(config, assembly.training_data(config), resume, processes))
+    objective = processes.everywhere(
+        lambda: assembly.make_objective(config, assembly.make_energy(config), data, folder)
+    )
+    objective.spread(processes)
+    trainer = processes.everywhere(lambda: make_trainer(config, folder, objective))
+    images = {"names": data.names, "digest": digest([x.cpu() for x in data.x])}
+    processes.check_same("training images", lambda: images)
+    processes.first(lambda: _check_data(config, folder, images, resume))
     if resume:
-        trainer.resume(missing_ok=True)
+        trainer.resume(missing_ok=True, check=lambda saved: config.check_resumes(RunConfig.from_dict(saved).resolved()))
+    processes.first(lambda: write_config(folder, config))
     result = trainer.fit()
     if result.status == "diverged":
         return 1
@@ -101,10 +96,16 @@ def _shared_out(
     return data, replace(config, data=replace(config.data, batch_size=size))
 
 
-def _begin(config: RunConfig, folder: Path, images: dict[str, Any], resume: bool) -> None:
-    """The first files of the run folder."""
-    _check_data(folder, images, resume)
-    write_config(folder, config)
+@contextmanager
+def _room_needed(folder: Path, checkpoint: Path | None) -> Iterator[None]:
+    """Say of a full disk what to do: the training is not lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        then = "start again, as no checkpoint was saved" if checkpoint is None else f"then --resume {folder}"
+        raise OSError(error.errno, f"{error.strerror}; free space, {then}", error.filename) from error
 
 
 def _finish(
@@ -115,20 +116,22 @@ def _finish(
     loss: tuple[float, float, float] | None,
 ) -> None:
     """Export; after a run that was not interrupted also evaluate, and report."""
-    export(config, folder, objective)
-    if loss is None:
-        return
-    summary = _summary(config, result, objective.energy, loss)
-    if config.logging.evaluate:
-        summary |= _compared(config, folder, objective.energy)
-    write_json(folder / SUMMARY_FILE, summary)
+    with _room_needed(folder, result.checkpoint):
+        export(config, folder, objective)
+        if loss is None:
+            return
+        scores = _scored(config, folder, objective.energy)
+        summary = scores | _summary(config, result, objective.energy, loss)
+        write_json(folder / SUMMARY_FILE, summary)
     print(report(summary, folder, len(summary["images"])))
 
 
-def _compared(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dict[str, Any]:
-    """Scores on the test images beside those of the baseline, and a picture of them."""
-    search = _search(folder, config, energy.regularizer)
+def _scored(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dict[str, Any]:
+    """Scores on the test images; with ``logging.evaluate`` beside those of the baseline, and a picture of them."""
     test = assembly.evaluation_pairs(config, "test")
+    if not config.logging.evaluate:
+        return evaluate({"learned": energy}, test).to_dict() | {"grid_search": None}
+    search = _search(folder, config, energy.regularizer)
     evaluation = evaluate(_energies(config, energy, search), test)
     _save_picture(evaluation, folder / "pictures" / "evaluation.png")
     result = evaluation.to_dict() | {"grid_search": _search_summary(search)}
@@ -140,6 +143,21 @@ def _compared(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dic
     return result
 
 
+def make_method(config: UpperConfig) -> UpperLevelMethod:
+    """The upper-level method. An optimizer checks its options when it is made, so one is made for that alone.
+
+    Raises:
+        ValueError: a setting that it does not take, or a value that it refuses.
+    """
+    method = assembly.make_method(config)
+    if isinstance(method, FirstOrder):
+        try:
+            method.build([torch.zeros(1, requires_grad=True)], lr=method.lr, **method.options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"upper.options: {config.method}: {error}") from error
+    return method
+
+
 def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective | RandomPatchObjective) -> Trainer:
     """The trainer of a run, with validation in float32 on crops of the validation images."""
     images = assembly.load_images(config, "val")[: config.logging.validate_images or None]
@@ -147,7 +165,7 @@ def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective | 
     validator = Validator(objective.energy, validation, LOWER_SOLVERS[config.lower.solver]())
     return Trainer(
         objective,
-        assembly.make_method(config.upper),
+        make_method(config.upper),
         folder,
         max_steps=config.upper.max_steps,
         validate=validator.validate,
@@ -184,8 +202,12 @@ def write_json(path: Path, content: Any) -> None:
     atomic_write(path, (json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _check_data(folder: Path, images: dict[str, Any], resume: bool) -> None:
-    """Remember the training images, and refuse to continue with others: that would not be bit for bit."""
+def _check_data(config: RunConfig, folder: Path, images: dict[str, Any], resume: bool) -> None:
+    """Remember the training images, and refuse to continue with others: that would not be bit for bit.
+
+    The test images are looked at as well, as it would be too late for mistakes in them after the training.
+    """
+    assembly.evaluation_pairs(config, "test")
     path = folder / DATA_FILE
     if resume and path.exists():
         try:
@@ -248,8 +270,6 @@ def _summary(
     config: RunConfig, result: TrainingResult, energy: VariationalEnergy, value: tuple[float, float, float]
 ) -> dict[str, Any]:
     return {
-        "psnr": None,
-        "ssim": None,
         "loss": value[0],
         "loss_interval": [value[1], value[2]],
         "loss_images": "last minibatch" if config.data.random_patches else "all",
@@ -265,7 +285,6 @@ def _summary(
         "seed": config.seed,
         "device": str(assembly.device_of(config)),
         "versions": versions(),
-        "images": {},
     }
 
 
@@ -302,6 +321,12 @@ def _save_picture(evaluation: Evaluation, path: Path) -> None:
     save_figure(comparison_figure(evaluation.pictures, evaluation.names), path)
 
 
+def _weights(search: dict[str, Any]) -> str:
+    """What the grid search has found, in words."""
+    fixed = "" if search["smoothing"] is None else f", smoothing {search['smoothing']:g}"
+    return f"weight {search['weight']:.3g}{fixed}"
+
+
 def report(summary: dict[str, Any], folder: Path, images: int) -> str:
     """The message at the end: what was learned, how good it is, what to type next."""
     values = {n: v for n, v in summary["parameters"].items() if "." not in n}
@@ -316,16 +341,12 @@ def report(summary: dict[str, Any], folder: Path, images: int) -> str:
         f"Learned        {learned}",
         f"Training loss  {format_interval(summary['loss'], low, high)}" + (f"  ({', '.join(notes)})" if notes else ""),
     ]
-    if summary["psnr"] is not None:
-        search = summary["grid_search"]
-        fixed = "" if search["smoothing"] is None else f", smoothing {search['smoothing']:g}"
-        for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 4)):
-            v = {name: f"{value:.{digits}f}" for name, value in summary[metric].items()}
-            lines.append(
-                f"{metric.upper():<14} {v['measurement']} -> {v['learned']}{unit}; "
-                f"grid search {v['grid_search']} (weight {search['weight']:.3g}{fixed})"
-            )
-        lines.append(f"               mean over test images that the training has not seen: {images}")
+    search = summary["grid_search"]
+    for metric, unit, digits in (("psnr", " dB", 2), ("ssim", "", 4)):
+        v = {name: f"{value:.{digits}f}" for name, value in summary[metric].items()}
+        beside = "" if search is None else f"; grid search {v['grid_search']} ({_weights(search)})"
+        lines.append(f"{metric.upper():<14} {v['measurement']} -> {v['learned']}{unit}{beside}")
+    lines.append(f"               mean over test images that the training has not seen: {images}")
     if "patterns" in summary:
         lines.append("Of the same number of columns, each measured or not, weights tuned for each pattern:")
         lines += ["  " + line for line in describe_patterns(summary["patterns"])]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bilevel_imaging.cli import check_device, check_writable, one_line
 from bilevel_imaging.experiments import benchmark, certainty, kernel_rates, reconstruction_time
 from bilevel_imaging.experiments.benchmark import scaling, training
 from bilevel_imaging.experiments.benchmark.peers.jaxopt import one_thread
@@ -114,8 +115,30 @@ def save(record: dict[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(record, indent=2) + "\n")
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Notice now what would otherwise be noticed when everything is measured.
+
+    Raises:
+        ValueError: a number out of range, a device that is not there, a file that cannot be read or written.
+        OSError: likewise.
+    """
+    for name, least in (("threads", 1), ("images", 1), ("repeats", 1), ("size", 8)):
+        value = getattr(arguments, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name}: expected an integer >= {least}. Got {value}.")
+    check_device("--device", getattr(arguments, "device", "cpu"))
+    for name in ("json", "figure"):
+        check_writable(f"--{name}", getattr(arguments, name, None))
+    arguments.regularizers = {path.stem: load_regularizer(path) for path in getattr(arguments, "regularizer", ())}
+
+
 def main() -> None:
     arguments = parse()
+    try:
+        check(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from error
     torch.set_num_threads(arguments.threads)
     if arguments.kind == "hypergradient":
         record = hypergradient(arguments)
@@ -130,8 +153,7 @@ def main() -> None:
         record = kernel_rates.run(arguments.device)
         table = kernel_rates.table(record)
     elif arguments.kind == "reconstruction":
-        regularizers = {path.stem: load_regularizer(path) for path in arguments.regularizer}
-        record = reconstruction_time.run(regularizers, size=arguments.size)
+        record = reconstruction_time.run(arguments.regularizers, size=arguments.size)
         table = reconstruction_time.table(record)
     else:
         record = certainty.run()

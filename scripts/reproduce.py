@@ -228,6 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one experiment, print its table and the names of the files written; returns the exit code."""
     command = parser()
     parsed = command.parse_args(arguments)
+    from bilevel_imaging.cli import one_line  # what it needs takes seconds to import, which --help does without
+
+    try:
+        check(parsed)
+    except (ValueError, OSError) as error:
+        command.exit(2, f"error: {one_line(error)}\n")
     experiment = importlib.import_module(EXPERIMENTS[parsed.experiment])
     try:
         if getattr(parsed, "markdown", None):
@@ -236,12 +242,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if parsed.experiment not in WITH_FILES or os.environ.get("BILEVEL_DEBUG"):
             raise  # without files it is no mistake of the user: there is nothing to get wrong
-        from bilevel_imaging.cli import one_line
-
         command.exit(2, f"error: {one_line(error)}\n")
     print(experiment.table(record))
     write(experiment, record, output_folder(parsed), parsed.json, getattr(parsed, "figure", None))
     return 0 if record.get("complete", True) else 130
+
+
+def check(parsed: argparse.Namespace) -> None:
+    """Notice now what would otherwise be noticed after hours: where to compute, and where to write."""
+    from bilevel_imaging.cli import check_device, check_writable
+
+    if hasattr(parsed, "device"):
+        check_device("--device", parsed.device)
+    if getattr(parsed, "markdown", None) is None:
+        check_writable("--output", output_folder(parsed) / "record.json")
+    for option in ("json", "figure"):
+        check_writable(f"--{option}", getattr(parsed, option, None))
 
 
 def output_folder(parsed: argparse.Namespace) -> Path:

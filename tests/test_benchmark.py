@@ -293,6 +293,26 @@ def test_command(monkeypatch, tmp_path, capsys):
     assert record["workloads"]["W4a"]["summary"][0]["ratio"] > 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("certainty --threads 0", "--threads: expected an integer >= 1. Got 0."),
+        ("hypergradient --images 0", "--images: expected an integer >= 1. Got 0."),
+        ("kernels --device foo", "--device: expected cpu or cuda. Got 'foo'."),
+        ("reconstruction --regularizer nope.safetensors", "nope.safetensors"),
+        ("scaling --json .", "--json .: is a folder"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_measured(arguments, words, monkeypatch, capsys):
+    script = _script()
+    monkeypatch.setattr(script.torch, "set_num_threads", lambda count: pytest.fail("too late"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
 def test_seconds_to_a_certified_reconstruction():
     """The distance asked for is certified, and the picture is better than the measurement."""
     regularizers = {"TV": bi.TotalVariation(0.07, 0.01), "unknown": Unknown()}

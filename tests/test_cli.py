@@ -184,7 +184,12 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ),
         ("--problem.sigma=-1", "problem.sigma: expected a finite number >= 0"),
         ("--problem.sigma=.nan", "problem.sigma: expected a finite number >= 0. Got nan"),
-        ("--problem.sigma=high", "problem.sigma"),
+        ("--problem.sigma=high", "problem.sigma: expected a number. Got high."),
+        ("--problem.ridge=high", "problem.ridge: expected a number or null. Got high."),
+        ("--problem.sigma_range=1", "problem.sigma_range: expected two numbers in brackets or null. Got 1."),
+        ("--upper.max_steps=null", "upper.max_steps: expected an integer. Got null."),
+        ('--upper.method=adam --upper.options={"betas":[2,3]}', "upper.options: adam: Invalid beta parameter at"),
+        ('--upper.method=inexact_sgd --upper.options={"momentum":-1}', "upper.options: inexact_sgd: Invalid momentum"),
         ("--problem.nois=1", "Allowed in problem: kind, sigma"),
         ("--problme.kind=x", "Allowed groups: data, problem"),
         ("--problem.kind=deblurring --problem.ridge=0", "problem.ridge: expected a finite number > 0"),
@@ -200,7 +205,6 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ('--upper.method=adam --upper.lr_scale={"bias":1}', "no parameter has 'bias' in its name"),
         ("--data.random_patches=true", "data.random_patches: maid compares losses of all images"),
         ("--data.random_patches=true --upper.method=adam", "data.random_patches: expected upper.minibatch"),
-        ("--data.scores=record.json", "data.scores: only chooses random patches"),
         ("--data.warm_starts=tape", "data.warm_starts: expected one of memory, disk, none. Got 'tape'"),
         ("--data.warm_starts=disk", "data.warm_starts: expected memory unless fixed patches come in minibatches"),
         ("--problem.sigma_range=[0.2,0.1]", "problem.sigma_range: expected finite numbers 0 <= low <= high"),
@@ -248,6 +252,9 @@ def test_mistakes_with_an_existing_run(run, capsys, tmp_path):
     assert "seed: cannot change" in fails(capsys, f"--resume={run}", "--seed=3")
     assert "stays in its folder" in fails(capsys, f"--resume={run}", f"--output={tmp_path}")
     assert "no config.yaml" in fails(capsys, str(tmp_path), command=evaluate_main)
+    message = fails(capsys, str(run), f"--json={run}/config.yaml/a.json", command=evaluate_main)
+    assert "a.json: cannot be written (File exists)." in message
+    assert f"--picture {run}: is a folder" in fails(capsys, str(run), f"--picture={run}", command=evaluate_main)
     assert "no images found" in fails(capsys, str(run), f"--data={tmp_path}", command=evaluate_main)
 
 
@@ -324,6 +331,8 @@ def test_damaged_runs(capsys, tmp_path):
     for path in (folder / "checkpoints").glob("*.pt"):
         path.write_bytes(b"damaged")
     assert "No readable checkpoint" in fails(capsys, f"--resume={folder}")
+    (folder / "config.yaml").write_text("seed: 0\nproblme: 1\n")
+    assert "config.yaml: unknown option problme. Allowed groups: data, problem" in fails(capsys, f"--resume={folder}")
     (folder / "config.yaml").write_text("problem: [")
     assert "config.yaml" in fails(capsys, f"--resume={folder}")
 

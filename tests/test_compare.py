@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from bilevel_imaging import comparison_cli
-from bilevel_imaging.cli import new_folder
 from bilevel_imaging.comparison_cli import compare_main
 from bilevel_imaging.experiments import method_comparison
+from bilevel_imaging.training.run_folder import new_folder
 from bilevel_imaging.upper_level import HOAG, FirstOrder
 
 TINY = "--data.patch_size=16 --data.patches_per_image=1 --data.max_images=2 --logging.progress=false".split()
@@ -137,6 +137,7 @@ def test_mistakes_end_in_one_line(capsys, tmp_path):
         (["--methods", "hoag:relative=0.1"], "upper.relative: hoag does not take it. Leave it out."),
         (["--methods", "maid:minibatch=1"], "upper.minibatch: maid compares losses of all images."),
         (["--methods", "adam:minibatch=9"], "upper.minibatch: expected at most 2"),
+        (["--json", "file/record.json"], "--json file/record.json: cannot be written (File exists)."),
         (["--budget", "0"], "--budget: expected an integer >= 1. Got 0."),
         (["--problem.sigma=-1"], "problem.sigma: expected a finite number >= 0. Got -1"),
         (
@@ -155,7 +156,8 @@ def test_a_finished_comparison_is_not_overwritten(capsys, tmp_path):
     (tmp_path / "old" / "record.json").write_text("{}")
     assert "already holds a comparison" in fails(capsys, "--output", "old")
     (tmp_path / "runs" / "comparison").mkdir(parents=True)
-    assert new_folder(None, "comparison", [], "").name == "comparison-2"
+    with new_folder(None, "comparison", [], "") as folder:
+        assert folder.name == "comparison-2"
 
 
 def test_ctrl_c_writes_what_is_finished(monkeypatch, capsys, tmp_path):

@@ -249,6 +249,31 @@ def test_command_refuses_unknown_names(command, capsys):
     assert "'quadratc'" in last and "quadratic" in last and "equivalence" in last
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("denoising --device foo", "--device: expected cpu or cuda. Got 'foo'."),
+        ("mri --device cuda:999", "--device: cuda:999 is not available on this machine."),
+        ("quadratic --json a/b.json", "--json a/b.json: cannot be written (File exists)."),
+        ("quadratic --json folder", "--json folder: is a folder. Give a file."),
+        ("maid --output a/b", "--output a/b/record.json: cannot be written (Not a directory)."),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_computed(
+    arguments, words, command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as end:
+        command.main(arguments.split())
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert words in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder"]
+
+
 def test_every_registered_experiment_exists_and_follows_the_convention(command):
     for name, module in command.EXPERIMENTS.items():
         experiment = importlib.import_module(module)

@@ -21,6 +21,7 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.training import CheckpointStore, Trainer, load_latest, read_checkpoint, read_metrics
 from bilevel_imaging.training import checkpoints as checkpoint_module
+from bilevel_imaging.training.metrics_log import truncate_metrics
 from bilevel_imaging.training.progress import Progress, format_interval
 from bilevel_imaging.training.run_log import step_record
 from bilevel_imaging.upper_level.base import StepReport, UpperLevelMethod
@@ -194,9 +195,16 @@ def test_used_folder_is_refused(tmp_path):
 def test_resume_without_checkpoint(reference, tmp_path):
     with pytest.raises(CheckpointError, match="No checkpoint in"):
         make(tmp_path).resume()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
+    metrics = tmp_path / "metrics.jsonl"
+    lost = '{"kind": "step", "step": 7}\n'
+    metrics.write_text(lost)
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint, but metrics.jsonl has 1 steps"):
+        make(tmp_path).resume(missing_ok=True)
+    assert metrics.read_text() == lost
+    metrics.write_text('{"kind": "validation", "step": 0}\n{"step": 1, "lo')
     trainer = make(tmp_path)
     assert trainer.resume(missing_ok=True) == 0
+    assert metrics.read_text() == ""
     trainer.fit()
     assert_same(final(trainer), reference)
 
@@ -219,6 +227,12 @@ def test_damaged_newest_checkpoint_falls_back(damage, reference, tmp_path):
     trainer.fit()
     assert_same(final(trainer), reference)
     assert (path.parent / "step-00000008.pt.damaged").exists()
+
+
+def test_a_file_without_a_state_is_no_checkpoint(tmp_path):
+    torch.save({"format": 1, "digest": ""}, tmp_path / "step-1.pt")
+    with pytest.raises(CheckpointError, match="step-1.pt is incomplete"):
+        read_checkpoint(tmp_path / "step-1.pt")
 
 
 def test_all_checkpoints_damaged(tmp_path):
@@ -264,6 +278,20 @@ def test_truncated_metrics(reference, tmp_path):
     assert path.read_bytes() == whole
     trainer.fit()
     assert_same(final(trainer), reference)
+
+
+def test_damage_in_the_middle_of_the_metrics_costs_that_line_alone(tmp_path):
+    path = tmp_path / "m.jsonl"
+    lines = [json.dumps({"kind": "step", "step": step}).encode() + b"\n" for step in range(1, 9)]
+    lines[2] = lines[2].replace(b"step", b"st\xffp", 1)
+    path.write_bytes(b"".join(lines) + b"\x00\x00")
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 4, 5, 6, 7, 8]
+    with pytest.warns(UserWarning, match=r"m.jsonl: damaged lines, kept .*: 1\."):
+        assert [r["step"] for r in truncate_metrics(path, 6, -1)] == [1, 2, 4, 5, 6]
+    assert path.read_bytes() == b"".join(lines[:6])
+    path.write_bytes(lines[0] + b"damaged\n" + lines[5])
+    truncate_metrics(path, 1, -1)
+    assert path.read_bytes() == lines[0]
 
 
 @pytest.mark.parametrize("fails", ["fsync", "write"])
@@ -331,6 +359,44 @@ def test_not_finite_stops_with_the_last_good_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="resume"):
         trainer.fit()
     assert trainer.resume() == 4
+
+
+def test_an_error_after_the_first_step_is_about_theta(tmp_path):
+    """Solvers refuse a theta that has run away; what was wrong from the start is a mistake of the caller."""
+
+    class Runaway(Momentum):
+        def __init__(self, after: int) -> None:
+            super().__init__()
+            self.after = after
+
+        def step(self, objective):
+            if self.count == self.after:
+                raise error
+            return super().step(objective)
+
+    error = ValueError("Expected residual_tol >= 0. Got nan.")
+    trainer = make(tmp_path / "later", method=Runaway(6))
+    result = trainer.fit()
+    assert result.status == "diverged" and result.reason.startswith("Stopped at step 6: Expected residual_tol >= 0. ")
+    assert "step 4 in" in result.reason and "smaller step size" in result.reason
+    with pytest.raises(ValueError, match="resume"):
+        trainer.fit()
+    assert trainer.resume() == 4
+    with pytest.raises(ValueError, match="residual_tol"):
+        make(tmp_path / "first", method=Runaway(0)).fit()
+
+    def validate():
+        if trainer.step == 8:
+            raise error
+        return {}
+
+    trainer = make(tmp_path / "validation", validate=validate, validate_every=1)
+    assert trainer.fit().status == "diverged" and trainer.store.last_valid == trainer.store.path(4)
+    with pytest.raises(ValueError, match="resume"):
+        trainer.fit()
+    error = CheckpointError("full")
+    with pytest.raises(CheckpointError):
+        make(tmp_path / "other", method=Runaway(6)).fit()
 
 
 def test_tensorboard_tags_and_resume(tmp_path):

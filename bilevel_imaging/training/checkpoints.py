@@ -18,7 +18,7 @@ from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.training.state import digest, to_plain
 
 FORMAT = 1
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = re.compile(r"step-(\d+)\.pt")
 
 
@@ -26,7 +26,8 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Replace ``path`` by ``data`` so that a crash at any moment leaves the old content or the new one.
 
     Raises:
-        OSError: the disk is full or not writable; the old content is then untouched and no temporary file is left.
+        OSError: the disk is full or not writable; it names ``path``, whose content is untouched, and no temporary file
+            is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -39,9 +40,11 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 
@@ -80,6 +83,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"Cannot read the checkpoint {path}: {reason[0] if reason else error!r}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}.")
+    if not isinstance(content.get("state"), dict) or "digest" not in content:
+        raise CheckpointError(f"The checkpoint {path} is incomplete.")
     if digest(content["state"]) != content["digest"]:
         raise CheckpointError(f"The checkpoint {path} is damaged: its checksum does not match.")
     return content["state"]
@@ -148,7 +153,7 @@ class CheckpointStore:
         try:
             self.save(state, step)
         except OSError as error:
-            if self.last_valid is None and step == 0 and error.errno not in _DISK_FULL:
+            if self.last_valid is None and step == 0 and error.errno not in DISK_FULL:
                 raise CheckpointError(f"Cannot write checkpoints to {self.folder}: {error.strerror}") from error
             if not self._failing:
                 last = self.last_valid

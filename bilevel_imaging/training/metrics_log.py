@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,12 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a file that may be missing or end in half a line."""
-    return [record for record, _ in _read(Path(path))]
+    """The records of a file that may be missing; damaged lines and half a line at the end are left out."""
+    return [record for record, _ in _read(Path(path)) if record is not None]
 
 
 def truncate_metrics(path: str | Path, step: int, validated: int) -> list[dict[str, Any]]:
-    """Cut the file back to a checkpoint and return the records kept.
+    """Cut the file back to a checkpoint and return the records kept; damaged lines between them stay as they are.
 
     Args:
         path: the file; nothing happens if it does not exist.
@@ -79,29 +80,31 @@ def truncate_metrics(path: str | Path, step: int, validated: int) -> list[dict[s
     """
     path = Path(path)
     limits = {"step": step, "validation": validated}
-    kept: list[dict[str, Any]] = []
-    size = 0
-    for record, end in _read(path):
-        if record["step"] > limits.get(record.get("kind", "step"), step):
-            break
-        kept.append(record)
-        size = end
+    lines = _read(path)
+    fit = [r is not None and r["step"] <= limits.get(r.get("kind", "step"), step) for r, _ in lines]
+    count = max((number for number, fits in enumerate(fit, 1) if fits), default=0)
+    if damaged := sum(record is None for record, _ in lines[:count]):
+        warnings.warn(f"{path}: damaged lines, kept as they are but not shown: {damaged}.", UserWarning, 2)
+    size = lines[count - 1][1] if count else 0
     if path.exists() and path.stat().st_size != size:
         os.truncate(path, size)  # only ever shortens, so it works on a full disk too
-    return kept
+    return [record for (record, _), fits in zip(lines, fit, strict=True) if record is not None and fits]
 
 
-def _read(path: Path) -> list[tuple[dict[str, Any], int]]:
-    """Records with the offset of their end, up to the first line that is not whole."""
-    result: list[tuple[dict[str, Any], int]] = []
+def _read(path: Path) -> list[tuple[dict[str, Any] | None, int]]:
+    """Records with the offset of their end; ``None`` for lines that are damaged or not whole."""
+    result: list[tuple[dict[str, Any] | None, int]] = []
     end = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         end += len(line)
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        result.append((record, end))
+        result.append((_record(line), end))
     return result
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole else None

@@ -17,6 +17,8 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.upper_level.base import Objective, UpperLevelMethod
 
+STATE_KEYS = ("step", "theta", "method", "objective", "cost", "seconds", "rng", "generators", "run")  # of every version
+
 
 class TrainableObjective(Objective, Protocol):
     """An objective that a trainer can save and restore.
@@ -140,6 +142,7 @@ def full_state(
     seconds: float,
     generators: Mapping[str, torch.Generator],
     run: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The whole state at a step boundary. Changes nothing; tensors are live, so save or clone it before going on.
 
@@ -153,6 +156,7 @@ def full_state(
         seconds: wall-clock time so far.
         generators: further generators on which the data order depends, by name.
         run: plain records of the trainer itself (summary, last validation).
+        config: nested settings, for whoever wants to know; what is not plain in them is kept as text.
     """
     return {
         "step": step,
@@ -164,7 +168,17 @@ def full_state(
         "rng": rng_state(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "run": dict(run),
+        "config": _settings(config),
     }
+
+
+def _settings(value: Any) -> Any:
+    """Nested settings as :func:`to_plain` takes them."""
+    if isinstance(value, Mapping):
+        return {str(key): _settings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_settings(item) for item in value)
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 def restore_theta(theta: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
@@ -210,8 +224,11 @@ def restore_state(
         source: file named in messages.
 
     Raises:
-        CheckpointError: something does not fit this objective, method or set of generators.
+        CheckpointError: something is missing or does not fit this objective, method or set of generators.
     """
+    missing = [key for key in STATE_KEYS if key not in state]
+    if missing:
+        raise CheckpointError(f"{source} is incomplete: {', '.join(missing)} missing. Remove it to use an older one.")
     saved_class = state["method"]["class"]
     if saved_class != type(method).__name__:
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """The training loop: steps of an upper-level method, logged, saved, and resumed bit for bit.
 
-What a step computes never depends on time, on validation or on the schedule of checkpoints.
+What a step computes never depends on time, on validation or on the schedule of checkpoints. Validations are no steps:
+one that starts from what the last one has found (``Validator``) may differ after a resume, within its accuracy.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
+from bilevel_imaging.errors import BilevelError, CheckpointError, NotStronglyConvexError
 from bilevel_imaging.training.checkpoints import CheckpointStore
 from bilevel_imaging.training.distributed import ALONE, Processes
 from bilevel_imaging.training.interrupts import SignalGuard
-from bilevel_imaging.training.metrics_log import truncate_metrics
+from bilevel_imaging.training.metrics_log import read_metrics, truncate_metrics
 from bilevel_imaging.training.result import TrainingResult
 from bilevel_imaging.training.run_log import METRICS_FILE, NoLog, not_finite, open_log, step_record
 from bilevel_imaging.training.state import (
@@ -55,7 +58,7 @@ class Trainer:
         checkpoint_every: steps, >= 1. A checkpoint is also saved before the first step, at the end and on Ctrl-C.
         log_images: called with every validation, returns ``gt``, ``measurement`` and ``reconstruction``, each
             ``(B, C, H, W)``, and any further picture ``(C, H, W)`` under a TensorBoard tag with a slash.
-        config: nested settings, shown by TensorBoard.
+        config: nested settings, shown by TensorBoard and kept in every checkpoint.
         generators: further generators on which the steps depend (data order), by name; saved and restored.
         tensorboard: write events.
         progress: show a bar, or lines where there is no terminal.
@@ -109,12 +112,13 @@ class Trainer:
         self._started = False
         self._clock = 0.0
 
-    def resume(self, *, missing_ok: bool = False) -> int:
+    def resume(self, *, missing_ok: bool = False, check: Callable[[Mapping[str, Any]], None] | None = None) -> int:
         """Load the newest readable checkpoint of the run folder.
 
         Args:
             missing_ok: start from the first step, without an error, if no checkpoint was ever saved there, as after a
                 kill within the first moments.
+            check: called with the ``config`` of the checkpoint before anything changes; raises if it does not fit.
 
         Returns:
             The finished steps.
@@ -122,16 +126,24 @@ class Trainer:
         Raises:
             CheckpointError: there is no readable checkpoint, or it does not fit objective or method.
         """
-        path = self.processes.everywhere(lambda: self._restore(missing_ok))
+        path = self.processes.everywhere(lambda: self._restore(missing_ok, check))
         self.processes.check_same("checkpoint", lambda: self.step)
         self.processes.first(lambda: self._cut_back(path))
         return self.step
 
-    def _restore(self, missing_ok: bool) -> Path | None:
+    def _restore(self, missing_ok: bool, check: Callable[[Mapping[str, Any]], None] | None) -> Path | None:
         """Read the newest checkpoint; its file, ``None`` where there is none."""
         if missing_ok and not self.store.paths():
+            steps = sum(record.get("kind") == "step" for record in read_metrics(self.run_dir / METRICS_FILE))
+            if steps:
+                raise CheckpointError(
+                    f"{self.store.folder}: no checkpoint, but {METRICS_FILE} has {steps} steps. Put the checkpoints "
+                    "back, or start a new run."
+                )
             return None
         state, path = self.store.load()
+        if check is not None and "config" in state:  # older checkpoints have none
+            check(state["config"])
         restore_state(state, self.objective, self.method, self.generators, str(path))
         self.step, self.cost, self.seconds = state["step"], Cost(**state["cost"]), state["seconds"]
         self._run = dict(state["run"])
@@ -197,8 +209,9 @@ class Trainer:
             self._save(log)
         while True:
             done = self.step >= self.max_steps or bool(self._run["stop"])
-            if not self.processes.any(guard.requested):
-                self._validate(log, done)
+            asked = self.processes.any(guard.requested)
+            if not asked and (problem := self._watched(partial(self._validate, log, done), log)):
+                return "diverged", problem
             self.seconds = time.perf_counter() - self._clock
             stop_asked = self.processes.any(guard.requested)
             due = done or stop_asked or self.step % self.checkpoint_every == 0
@@ -211,9 +224,28 @@ class Trainer:
             if done:
                 stop = self._run["stop"]
                 return ("stopped", stop) if stop else ("completed", f"{self.step} steps done")
-            if problem := self._advance(log):
-                log.message(problem)
+            if problem := self._watched(partial(self._advance, log), log):
                 return "diverged", problem
+
+    def _watched(self, action: Callable[[], str], log: NoLog) -> str:
+        """Do what returns a problem of theta in words, or ""; says where to go on from."""
+        try:
+            problem = action()
+        except ValueError as error:
+            # With the same settings the first step went well: only theta has changed. Several processes just end.
+            known = isinstance(error, BilevelError) and not isinstance(error, NotStronglyConvexError)
+            if self.step == 0 or known or self.processes.size > 1:
+                raise
+            self._consistent = False
+            problem = str(error)
+        if problem:
+            kept = f"step {self._saved} in {self.store.folder}" if self._saved is not None else "none"
+            problem = (
+                f"Stopped at step {self.step}: {problem.rstrip('.')}. Last good checkpoint: {kept}. Try a smaller step "
+                "size, tighter accuracy or float64."
+            )
+            log.message(problem)
+        return problem
 
     def _advance(self, log: NoLog) -> str:
         """One step; returns what is not finite, in words, or ""."""
@@ -228,11 +260,7 @@ class Trainer:
         self._note(report, record)
         log.step(record, self.objective.theta)
         if bad := not_finite(report, self.objective.theta):
-            kept = f"step {self._saved} in {self.store.folder}" if self._saved is not None else "none"
-            return (
-                f"Stopped at step {self.step}: not finite: {', '.join(bad)}. Last good checkpoint: {kept}. Try a "
-                "smaller step size, tighter accuracy or float64."
-            )
+            return f"not finite: {', '.join(bad)}"
         self._consistent = True
         return ""
 
@@ -246,14 +274,15 @@ class Trainer:
         self._run["loss"] = [report.loss, report.loss_lower, report.loss_upper]
         self._run["stop"] = report.stop
 
-    def _validate(self, log: NoLog, done: bool) -> None:
+    def _validate(self, log: NoLog, done: bool) -> str:
         """Validate and draw if this step is due and was not validated yet; changes nothing the next step sees."""
         due = done or (self.validate_every > 0 and self.step % self.validate_every == 0)
         if not due or self._run["validated"] == self.step or (self.validate is None and self.log_images is None):
-            return
+            return ""
         with self.learned():
             self._run["validation"] = self.processes.first(lambda: self._look(log))
         self._run["validated"] = self.step
+        return ""
 
     def _look(self, log: NoLog) -> dict[str, float]:
         """Validate and draw; the values of the last validation."""
@@ -276,6 +305,7 @@ class Trainer:
             seconds=self.seconds,
             generators=self.generators,
             run=self._run,
+            config=self.config,
         )
         if self.processes.first(lambda: self.store.try_save(state, self.step, log.message)):
             self._saved = self.step
