@@ -11,6 +11,7 @@ from bilevel_imaging.energies.circulant import CirculantTerm
 from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm, MaskTerm
 from bilevel_imaging.energies.generic import generic_term
 from bilevel_imaging.energies.mri import MRITerm
+from bilevel_imaging.tensors import all_finite
 
 # measured where the image lives, in 4 dimensions
 IMAGE_TO_IMAGE = (Denoising, Inpainting, Blur, BlurFFT, MRI)
@@ -20,7 +21,8 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
     """The least-squares term for y and physics: exact spectra for the operators that have one.
 
     Raises:
-        ValueError: if the physics is not linear, or y does not have the shape that the physics gives.
+        ValueError: if the physics is not linear or has a mask or filter that is not real and finite, or y does not have
+            the shape that the physics gives.
     """
     kind = type(physics)
     if kind in IMAGE_TO_IMAGE and y.dim() != 4:
@@ -31,8 +33,10 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
         return IdentityTerm(y)
     if kind is Inpainting:
         _check_broadcast(physics.mask, y, "mask")
+        _check_real(physics.mask, "mask")
         return MaskTerm(y, physics.mask)
     if kind is BlurFFT:
+        _check_real(physics.filter, "filter")
         if tuple(physics.img_size[-2:]) != tuple(y.shape[-2:]):
             raise ValueError(
                 f"Expected y of the physics' image size {tuple(physics.img_size)}. Got {tuple(y.shape[1:])}; "
@@ -41,6 +45,7 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
         transfer = deepinv.physics.functional.filter_fft(physics.filter.double(), tuple(y.shape[-2:]), real_fft=True)
         return _circulant(y, transfer)
     if kind is Blur and physics.padding == "circular":
+        _check_real(physics.filter, "filter")
         delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)
         delta[..., 0, 0] = 1
         delta = delta.expand(physics.filter.shape[0], -1, -1, -1)
@@ -65,11 +70,15 @@ def _mri(y: Tensor, mask: Tensor) -> MRITerm:
             f"Expected measurements of MRI with 2 channels, real and imaginary part. Got y of shape {tuple(y.shape)}."
         )
     _check_broadcast(mask, y, "mask")
-    if mask.is_complex():
-        raise ValueError(f"Expected a real mask of the physics. Got {mask.dtype}; its phases belong to the image.")
-    if not bool(torch.isfinite(mask).all()):
-        raise ValueError("Expected a mask of the physics with finite entries. Got NaN or inf.")
+    _check_real(mask, "mask")
     return MRITerm(y, mask)
+
+
+def _check_real(parameter: Tensor, name: str) -> None:
+    if parameter.is_complex():
+        raise ValueError(f"Expected a real {name} of the physics. Got {parameter.dtype}; images are real.")
+    if not all_finite(parameter):
+        raise ValueError(f"Expected a {name} of the physics with finite entries. Got NaN or inf.")
 
 
 def _check_broadcast(parameter: Tensor, y: Tensor, name: str) -> None:

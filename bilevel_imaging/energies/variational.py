@@ -19,6 +19,7 @@ from bilevel_imaging.energies.weighted_terms import WeightedTerm, weighted
 from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.native import Descent, Quadratic
 from bilevel_imaging.regularizers.base import Regularizer
+from bilevel_imaging.regularizers.parameters import check_known, check_values, ordered
 from bilevel_imaging.tensors import all_finite, squared_norm
 
 # below this fraction of ||A||^2, strong convexity exists on paper only
@@ -71,7 +72,15 @@ class VariationalEnergy(nn.Module):
     @property
     def theta(self) -> dict[str, Tensor]:
         """The learned parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self._ordered() if p.requires_grad}
+
+    def _ordered(self) -> list[tuple[str, nn.Parameter]]:
+        """All parameters that there are derivatives in, in the order of the columns of J."""
+        found = list(ordered(self.regularizer, "regularizer."))
+        weight = self.data_weight
+        if weight is not None and weight._parameters.get(weight.name) is not None:
+            found.append((f"data_weight.{weight.name}", weight.parameter))
+        return found
 
     def bind(self, y: Tensor, physics: deepinv.physics.Physics) -> VariationalProblem:
         """The batch of problems for measurements y.
@@ -82,7 +91,8 @@ class VariationalEnergy(nn.Module):
 
         Raises:
             ValueError: wrong shape, dtype, device or non-finite values; an adjoint that is not the transpose; a data
-                weight that does not fit the physics.
+                weight that does not fit the physics; parameters that there are no derivatives in, or with values out
+                of range.
             NotStronglyConvexError: when data term, regularizer and ridge together have no strong convexity.
         """
         if not isinstance(y, Tensor) or y.dim() < 2 or y.numel() == 0:
@@ -93,10 +103,15 @@ class VariationalEnergy(nn.Module):
         if not all_finite(y):
             bad = torch.nonzero(~torch.isfinite(y).flatten(1).all(1)).flatten().tolist()
             raise ValueError(f"Expected finite measurements. Got NaN or inf in samples {bad} of y.")
-        for name, parameter in self.named_parameters():
+        parameters = self._ordered()
+        check_known(self, parameters)
+        for name, parameter in parameters:
             if parameter.device != y.device:
                 raise ValueError(f"Expected y on the device of {name}, {parameter.device}. Got {y.device}.")
-        data = weighted(data_term(y.detach(), physics), self.data_weight, type(physics).__name__)
+            check_values(name, parameter, y.dtype)
+        # compiled code takes the numbers in memory as they are
+        y = y.detach().resolve_neg()
+        data = weighted(data_term(y, physics), self.data_weight, type(physics).__name__)
         return VariationalProblem(self, data, y.dtype, Cost())
 
 
@@ -123,7 +138,7 @@ class VariationalProblem(LowerLevelProblem):
             )
 
     def _value(self, x: Tensor) -> Tensor:
-        value = self.data.value(x) + self.regularizer.fn(x)
+        value = self.data.value(x) + self.regularizer.value(x)
         return value + 0.5 * self.ridge * squared_norm(x) if self.ridge else value
 
     def _grad(self, x: Tensor) -> Tensor:
@@ -132,6 +147,10 @@ class VariationalProblem(LowerLevelProblem):
         return grad + self.ridge * x if self.ridge else grad
 
     def _linearize(self, x: Tensor) -> Linearization:
+        if (now := self.energy.theta.keys()) != self.theta.keys():
+            raise ValueError(
+                f"Expected the learned parameters {list(self.theta)} of bind(). Got {list(now)}; bind again."
+            )
         return VariationalLinearization(self, x)
 
     def constants(self) -> Constants:

@@ -62,9 +62,12 @@ def native_kernels() -> str:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on such tensors: on the CPU, float32 or float64, all alike, nothing recorded."""
+    """Whether the kernels can work on such tensors: on the CPU, float32 or float64, all alike, nothing recorded.
+
+    A view with PyTorch's negative bit, such as the imaginary part of a conjugate, has other numbers in memory.
+    """
     first = tensors[0]
-    alike = all(t.dtype == first.dtype and t.device.type == "cpu" for t in tensors)
+    alike = all(t.dtype == first.dtype and t.device.type == "cpu" and not t.is_neg() for t in tensors)
     return alike and first.dtype in SUFFIXES and not torch.is_grad_enabled() and _load()[0] is not None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+import copy
+import itertools
+from typing import Any, ClassVar
 
 import deepinv
 import torch
@@ -11,6 +13,10 @@ from torch import Tensor, nn
 
 from bilevel_imaging import native
 from bilevel_imaging.derivatives import Constants, Linearization
+from bilevel_imaging.regularizers.parameters import LARGEST, ordered
+
+# what has to follow when a class with closed forms gets another fn
+CLOSED_FORMS = ("grad", "linearize", "constants", "descent", "gradient_scale", "coarse_gradient_scale")
 
 
 class Regularizer(deepinv.optim.Prior, abc.ABC):
@@ -22,7 +28,35 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
 
     All methods compute in the dtype of x (float32 or float64), whatever the dtype of the parameters, and change
     neither the caller's tensors nor their ``requires_grad`` (deepinv's own ``Potential.grad`` does).
+
+    Attributes:
+        known_parameters: parameters, and modules with parameters, that the closed forms of a class differentiate in;
+            the order is that of the columns of J. ``None`` where derivatives come from autograd.
+
+    Raises:
+        TypeError: for a subclass of a regularizer with closed forms that replaces ``fn`` but not these.
     """
+
+    known_parameters: ClassVar[tuple[str, ...] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        owner = _owner(cls, "fn")
+        behind = cls.__mro__[cls.__mro__.index(owner) + 1 :]
+        former = [c for c in behind if "fn" in vars(c) and not getattr(vars(c)["fn"], "__isabstractmethod__", False)]
+        stale = [
+            name
+            for name in CLOSED_FORMS
+            if (source := _owner(cls, name)) in behind
+            and source is not Regularizer
+            and any(issubclass(c, source) for c in former)
+        ]
+        if stale:
+            raise TypeError(
+                f"Expected {cls.__name__} to define {', '.join(stale)} along with fn: those of "
+                f"{_owner(cls, stale[0]).__name__} do not know the new fn. Define them, or subclass Regularizer, which "
+                "differentiates fn by autograd."
+            )
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +67,43 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         """R(x), ``(B, C, H, W)`` to ``(B,)``; plain differentiable PyTorch in x and theta."""
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Gradient in x, ``(B, C, H, W)``; differentiable in x and theta when grad mode is on."""
+        """Gradient in x, ``(B, C, H, W)``; differentiable in x and theta when grad mode is on.
+
+        Raises:
+            ValueError: if ``fn`` can't be differentiated, or is not one value per image.
+        """
         keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaf = x if x.requires_grad and keep_graph else x.detach().requires_grad_(True)
-            return torch.autograd.grad(self.fn(leaf).sum(), leaf, create_graph=keep_graph)[0]
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x if x.requires_grad and keep_graph else outside_inference(x.detach()).requires_grad_(True)
+            value, result = _outside_inference_mode(self).value(leaf), None
+            if value.requires_grad:
+                result = torch.autograd.grad(value.sum(), leaf, create_graph=keep_graph, allow_unused=True)[0]
+            if result is None:
+                raise ValueError(
+                    f"Expected {type(self).__name__}.fn to be differentiable in x. Got a value without a graph: does "
+                    "it use NumPy, detach or no_grad?"
+                )
+            return result
+
+    def value(self, x: Tensor) -> Tensor:
+        """``fn(x)``, ``(B, C, H, W)`` to ``(B,)``. Parameters and buffers of another dtype are converted to that of x,
+        differentiably, for regularizers without closed forms; those with closed forms do it themselves.
+
+        Raises:
+            ValueError: if ``fn`` is not one value per image.
+        """
+        tensors: dict[str, Tensor] = {}
+        if self.known_parameters is None:
+            named = itertools.chain(self.named_parameters(), self.named_buffers())
+            tensors = {name: t.to(x.dtype) for name, t in named if t.is_floating_point() and t.dtype != x.dtype}
+        value = torch.func.functional_call(self, tensors, (x,)) if tensors else self.fn(x)
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"Expected {type(self).__name__}.fn to give one value per image, a tensor of shape ({x.shape[0]},). "
+                f"Got {got}."
+            )
+        return value
 
     def prox(
         self,
@@ -113,46 +179,67 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         return self
 
     def trainable(self) -> dict[str, Tensor]:
-        """The parameters that are learned, by name, in the order of theta."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """The parameters that are learned, by name, in the order of theta: that of the columns of J."""
+        return {name: p for name, p in ordered(self) if p.requires_grad}
 
 
 def positive_parameter(value: float, name: str, learn: bool) -> nn.Parameter:
     """The logarithm of a positive number as a float64 parameter (kept exact even when images are float32).
 
     Raises:
-        ValueError: if the value is not a positive finite number.
+        ValueError: if the value is not a positive finite number, or one that computations can't begin with.
     """
     tensor = torch.as_tensor(value, dtype=torch.float64)
     if tensor.dim() != 0 or not bool(torch.isfinite(tensor)) or float(tensor) <= 0:
         raise ValueError(f"Expected {name} as a positive finite number. Got {value!r}.")
+    largest = LARGEST[torch.float64]
+    if not 1 / largest <= float(tensor) <= largest:
+        raise ValueError(f"Expected {name} from {1 / largest:.0e} to {largest:.0e}. Got {value!r}.")
     return nn.Parameter(tensor.log(), requires_grad=learn)
+
+
+def _owner(cls: type, name: str) -> type:
+    """The class that defines the attribute."""
+    return next(c for c in cls.__mro__ if name in vars(c))
+
+
+def outside_inference(x: Tensor) -> Tensor:
+    """x, or a copy that autograd can record where x was made in inference mode; call it outside of that mode."""
+    return x.clone() if x.is_inference() else x
+
+
+def _outside_inference_mode(regularizer: Regularizer) -> Regularizer:
+    """The regularizer, or a copy with parameters that autograd can record; call it outside of inference mode."""
+    tensors = itertools.chain(regularizer.parameters(), regularizer.buffers())
+    return copy.deepcopy(regularizer) if any(t.is_inference() for t in tensors) else regularizer
 
 
 class AutogradLinearization(Linearization):
     """Derivatives of any regularizer by reverse mode; the graph of the gradient is built once and kept."""
 
     def __init__(self, regularizer: Regularizer, x: Tensor):
-        self.parameters = regularizer.trainable()
         self.constants = Constants(reason=f"{type(regularizer).__name__} is differentiated by autograd")
-        with torch.enable_grad():
-            self.x = x.detach().requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            regularizer = _outside_inference_mode(regularizer)
+            self.parameters = regularizer.trainable()
+            self.x = outside_inference(x.detach()).requires_grad_(True)
             self.graph = regularizer.grad(self.x)
         self.grad = self.graph.detach()
 
     def hvp(self, v: Tensor) -> Tensor:
-        if not self.graph.requires_grad:  # gradient constant in x and theta: a linear regularizer
-            return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(self.graph, self.x, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if product is None else product
+        (product,) = self._products([self.x], v)
+        return product
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
-        names, tensors = list(self.parameters), list(self.parameters.values())
-        if not tensors:
-            return {}
-        if not self.graph.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        products = torch.autograd.grad(self.graph, tensors, q, retain_graph=True, allow_unused=True)
-        return {
-            name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, tensors, products, strict=True)
-        }
+        return dict(zip(self.parameters, self._products(list(self.parameters.values()), q), strict=True))
+
+    def _products(self, inputs: list[Tensor], v: Tensor) -> list[Tensor]:
+        """The derivatives of <v, gradient>, in memory of their own: autograd may answer with v itself, with one number
+        for many entries, or with zeros that have no memory."""
+        results = [torch.zeros_like(t) for t in inputs]
+        if inputs and self.graph.requires_grad:  # else constant in x and theta: a linear regularizer
+            with torch.inference_mode(False):
+                v = outside_inference(v.detach())
+                found = torch.autograd.grad(self.graph, inputs, v, retain_graph=True, allow_unused=True)
+            results = [r if g is None else r.add_(g) for r, g in zip(results, found, strict=True)]
+        return results

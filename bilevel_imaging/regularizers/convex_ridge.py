@@ -48,6 +48,8 @@ class ConvexRidge(RidgeRegularizer):
         ValueError: a number out of range, an unknown start or boundary.
     """
 
+    known_parameters = ("log_weight", "log_scale", "log_curvatures", "filter_layers")
+
     def __init__(
         self,
         features: Sequence[int] = (48,),

@@ -47,6 +47,8 @@ class FieldsOfExperts(RidgeRegularizer):
             is not odd, or more filters than the cosine basis has.
     """
 
+    known_parameters = ("log_weight", "log_weights", "log_smoothings", "filter_layers")
+
     def __init__(
         self,
         count: int | None = None,

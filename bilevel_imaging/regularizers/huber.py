@@ -37,6 +37,8 @@ class HuberTotalVariation(DifferenceRegularizer):
         ValueError: if weight or smoothing is not positive.
     """
 
+    known_parameters = ("log_weight", "log_smoothing")
+
     def __init__(
         self,
         weight: float = 0.1,

@@ -42,6 +42,8 @@ class InputConvex(Regularizer):
     honest but call for accurate solves. The mixed derivative grows with x: its slope is known on balls around a point.
     """
 
+    known_parameters = ("output", "input_kernels", "hidden_kernels", "biases")
+
     def __init__(
         self,
         channels: int = 1,

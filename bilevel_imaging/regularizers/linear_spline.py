@@ -38,6 +38,7 @@ class LinearSpline(DifferenceRegularizer):
         ValueError: if weight, spacing or a slope is not positive, or there are no slopes.
     """
 
+    known_parameters = ("log_weight", "log_slopes")
     row_norm = math.sqrt(2)
 
     def __init__(

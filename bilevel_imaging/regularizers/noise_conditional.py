@@ -46,6 +46,8 @@ class NoiseConditional(Regularizer):
             that is not positive.
     """
 
+    known_parameters = ("log_weights", "log_scales", "regularizer")
+
     def __init__(
         self,
         regularizer: Part,
@@ -130,7 +132,7 @@ class NoiseConditional(Regularizer):
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, scale, _ = self.factors(len(x))
-        return (weight / scale).to(x) * self.regularizer.fn(per_sample(scale.to(x), x) * x)
+        return (weight / scale).to(x) * self.regularizer.value(per_sample(scale.to(x), x) * x)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight, scale, _ = self.factors(len(x))

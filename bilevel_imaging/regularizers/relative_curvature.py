@@ -75,7 +75,7 @@ def relative_norm(at: Lengths, along: Tensor, across: Tensor | None) -> Tensor:
     if across is None:
         return first
     second = slope * w / (w + m * low_s)
-    mixed = w * across / ((stiff + m * low_s * low2) * (w * low2 + m * low_s * low2)).sqrt()
+    mixed = w * across / ((stiff + m * low_s * low2).sqrt() * (w * low2 + m * low_s * low2).sqrt())
     # the norm of a symmetric 2 x 2 matrix with diagonal entries of one sign
     return 0.5 * (first + second) + torch.hypot(0.5 * (first - second), mixed)
 

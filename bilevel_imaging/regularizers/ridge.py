@@ -239,7 +239,7 @@ class RidgeRegularizer(Regularizer):
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            x = x.detach().float()  # a size needs no more
+            given, x = x, x.detach().float()  # a size needs no more
             bank, profile = self.frozen(x)
             responses = bank.responses(x)
 
@@ -249,7 +249,9 @@ class RidgeRegularizer(Regularizer):
                 # responses are rounded relative to what they are summed from, and psi' follows them
                 return slope.abs_().addcmul_(curvature, size)
 
-            return 1.001 * bank.absolute.through(x.abs(), terms).double().flatten(1).norm(dim=1)
+            size = 1.001 * bank.absolute.through(x.abs(), terms).double().flatten(1).norm(dim=1)
+            # smoothings of more than 1e19 leave that range
+            return size if bool(size.isfinite().all()) else self.coarse_gradient_scale(given)
 
     def kernel_sensitivity(self) -> float:
         """Bound of the norm of the derivative of the filters in the parameters behind them."""
@@ -259,7 +261,7 @@ class RidgeRegularizer(Regularizer):
     def pull_back(self, gradient: Tensor) -> dict[str, Tensor]:
         """From d/d filters ``(K, C, s, s)`` to d/d parameters, by name."""
         with torch.inference_mode(False), torch.enable_grad():
-            leaves = [layer.detach().double().requires_grad_(True) for layer in self.filter_layers]
-            # a clone, because what was made in inference mode can't be used here
+            leaves = [layer.detach().double().clone().requires_grad_(True) for layer in self.filter_layers]
+            # clones, because what was made in inference mode can't be used here
             products = torch.autograd.grad(normalize(compose(leaves)), leaves, gradient.clone().to(leaves[0]))
         return {f"filter_layers.{n}": product for n, product in enumerate(products)}

@@ -42,6 +42,8 @@ class SecondOrderTotalVariation(Regularizer):
     that of Lysaker, Lundervold & Tai (2003).
     """
 
+    known_parameters = ("log_weight", "log_smoothing")
+
     def __init__(
         self,
         weight: float = 0.1,

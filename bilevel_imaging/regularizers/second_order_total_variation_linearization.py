@@ -63,7 +63,7 @@ class SecondOrderLinearization(Linearization):
     def _smoothing_curvature(self, dq: Tensor) -> Tensor:
         """Derivative of d phi' / d log nu along dq: -nu^2 (dq - 3 n <n, dq>) / s^3."""
         along = (self.unit * dq).sum(0)
-        return -(self.smoothing**2) * (dq - 3 * self.unit * along) * self.reciprocal**3
+        return -((self.smoothing * self.reciprocal) ** 2) * (dq - 3 * self.unit * along) * self.reciprocal
 
     def mixed_vjp(self, q: Tensor) -> dict[str, Tensor]:
         products: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ class SecondOrderLinearization(Linearization):
     def _third_derivative(self, t: Tensor) -> Tensor:
         """sup of the norm of D^3 phi over vectors of length t; unimodal with its peak at nu / 2."""
         s2 = t * t + self.smoothing**2
-        line = 3 * self.smoothing**2 * t * s2 ** (-2.5)
+        line = 3 * (self.smoothing**2 / s2) * (t * s2.rsqrt()) / s2  # no higher power: it would leave float32
         # a vector of length t >= nu/sqrt(2) has directions with a larger third derivative than its own
         return torch.where(t * t > 0.5 * self.smoothing**2, 2 / math.sqrt(3) / s2, line)
 

@@ -32,6 +32,8 @@ class Sum(Regularizer):
         ValueError: no parts, something that is no regularizer, or parts that share a parameter.
     """
 
+    known_parameters = ("parts",)
+
     def __init__(self, *regularizers: Part, parts: Sequence[Part] = ()):
         super().__init__()
         built = [build_part(part) for part in (*regularizers, *parts)]
@@ -52,7 +54,7 @@ class Sum(Regularizer):
         return {"parts": [describe_part(part) for part in self.regularizers]}
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.stack([part.fn(x) for part in self.regularizers]).sum(0)
+        return torch.stack([part.value(x) for part in self.regularizers]).sum(0)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.stack([part.grad(x) for part in self.regularizers]).sum(0)
@@ -110,6 +112,8 @@ class Scaled(Regularizer):
         ValueError: something that is no regularizer, or a weight that is not positive.
     """
 
+    known_parameters = ("log_weight", "regularizer")
+
     def __init__(self, regularizer: Part, weight: float = 1.0, *, learn_weight: bool = True):
         super().__init__()
         self.log_weight = positive_parameter(weight, "weight", learn_weight)
@@ -124,7 +128,7 @@ class Scaled(Regularizer):
         return self.log_weight.double().exp().to(x.dtype)
 
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._weight(x) * self.regularizer.fn(x)
+        return self._weight(x) * self.regularizer.value(x)
 
     def grad(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._weight(x) * self.regularizer.grad(x)

@@ -25,6 +25,7 @@ class Tikhonov(Regularizer):
         ValueError: unknown operator, or a weight that is not positive.
     """
 
+    known_parameters = ("log_weight",)
     OPERATORS = ("identity", "gradient")
 
     def __init__(self, weight: float = 0.1, operator: str = "identity", *, learn_weight: bool = True):

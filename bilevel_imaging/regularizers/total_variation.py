@@ -43,6 +43,8 @@ class TotalVariation(Regularizer):
     Constants: Rudin-Osher-Fatemi energies smoothed as in Ehrhardt & Roberts (2021, 2023); all bounds hold for every x.
     """
 
+    known_parameters = ("log_weight", "log_smoothing")
+
     def __init__(
         self,
         weight: float = 0.1,

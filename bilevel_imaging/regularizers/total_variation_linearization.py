@@ -180,7 +180,7 @@ class TotalVariationLinearization(Linearization):
     def _third_derivative(self, t: Tensor) -> Tensor:
         """sup of the norm of D^3 phi over vectors of length t; unimodal with its peak M3/nu^2 at nu/2."""
         s2 = t * t + self.smoothing**2
-        line = 3 * self.smoothing**2 * t * s2 ** (-2.5)
+        line = 3 * (self.smoothing**2 / s2) * (t * s2.rsqrt()) / s2  # no higher power: it would leave float32
         if not self.regularizer.isotropic:
             return line
         # a vector of length t >= nu/sqrt(2) has directions with a larger third derivative than its own
@@ -189,7 +189,7 @@ class TotalVariationLinearization(Linearization):
     def _smoothing_curvature(self, dq: Tensor) -> Tensor:
         """Derivative of d phi'/d log nu along dq: -nu^2 (dq - 3 n <n, dq>) / s^3."""
         along = self.regularizer._group(self.unit * dq)
-        return -(self.smoothing**2) * (dq - 3 * self.unit * along) * self.reciprocal**3
+        return -((self.smoothing * self.reciprocal) ** 2) * (dq - 3 * self.unit * along) * self.reciprocal
 
     @property
     def weight_column(self) -> int | None:
