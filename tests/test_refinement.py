@@ -15,7 +15,7 @@ from bilevel_imaging.hypergradients import refinement
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient
 from bilevel_imaging.lower_solvers import NewtonCG
-from bilevel_imaging.tensors import norm
+from bilevel_imaging.tensors import length, norm
 
 F32, F64 = torch.float32, torch.float64
 
@@ -106,8 +106,16 @@ def test_batches_share_the_goal_of_their_mean(monkeypatch):
     assert all(torch.equal(third.grad[name], g) for name, g in second.grad.items())
 
 
-@pytest.mark.parametrize("power", [-300, -250, 0, 250])
-def test_scales_whose_squares_can_not_be_represented(power):
+def test_lengths_of_vectors_whose_squares_can_not_be_represented():
+    for scale in (1e-300, 1e-170, 1.0, 1e170, 1e300):
+        assert length(scale * torch.tensor([3.0, -4.0], dtype=F64)) == pytest.approx(5 * scale, rel=1e-12)
+    assert length(torch.zeros(0)) == length(torch.zeros(3)) == 0.0
+    assert length(torch.tensor([1.0, float("inf")])) == float("inf")
+    assert length(torch.tensor([1.0, float("nan")])) != length(torch.tensor([1.0, float("nan")]))
+
+
+@pytest.mark.parametrize("power", [-160, 0, 160])
+def test_tiny_and_huge_scales(power):
     scale, x_true = 2.0**power, photographs(F64, 16)
     y = x_true + 0.1 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
 
