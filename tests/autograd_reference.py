@@ -93,7 +93,7 @@ class AutogradReference:
         return (H + H.T) / 2
 
     # --- the lower level
-    def _newton(self, x: np.ndarray, limit: int = 300) -> np.ndarray:
+    def _newton(self, x: np.ndarray, limit: int = 3000) -> np.ndarray:
         """The point with the smallest gradient that damped Newton steps find."""
         best, smallest, stalled, energy = x, np.inf, 0, float(self.y @ self.y)
         for _ in range(limit):
