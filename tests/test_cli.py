@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_lines import one_line_error
 from PIL import Image
 
 from bilevel_imaging.assembly import evaluation_pairs
@@ -62,11 +63,7 @@ def short_grid(monkeypatch):
 
 def fails(capsys, *arguments: str, command=train_main) -> str:
     """The one line printed to standard error."""
-    capsys.readouterr()
-    assert command(list(arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return one_line_error(capsys, command, arguments)
 
 
 def test_summary_and_files(run):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from command_lines import one_line_error
 
 from bilevel_imaging import comparison_cli
 from bilevel_imaging.comparison_cli import compare_main
@@ -24,11 +25,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def fails(capsys, *arguments: str) -> str:
     """The one line printed to standard error; nothing is left behind."""
-    capsys.readouterr()
-    assert compare_main([*TINY, *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return one_line_error(capsys, compare_main, [*TINY, *arguments])
 
 
 class Captured(Exception):

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_lines import one_line_error
 from PIL import Image
 
 from bilevel_imaging.cli import RUN_EXISTS, RUN_FILES, read_config, train_main
@@ -23,11 +24,7 @@ TINY = (
 
 def fails(capsys, *arguments: str) -> str:
     """The one line printed to standard error."""
-    capsys.readouterr()
-    assert train_main(list(arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+    return one_line_error(capsys, train_main, arguments)
 
 
 @pytest.fixture(scope="module")

@@ -62,12 +62,28 @@ class DataMixed(abc.ABC):
 class WeightedTerm(DataTerm):
     """A data term times weights.
 
-    Attributes:
+    Args:
+        inside: the term without weights.
         weight: W.
+
+    Attributes:
         mixed_lipschitz: L_J of J alone, ``(B,)`` float64, or ``None`` if not known.
     """
 
-    weight: DataWeight
+    def __init__(self, inside: DataTerm, weight: DataWeight):
+        self.inside, self.weight = inside, weight
+        self.shape = inside.shape
+
+    def initial(self) -> Tensor:
+        return self.inside.initial()
+
+    def subset(self, index: Tensor) -> DataTerm | None:
+        inside = self.inside.subset(index)
+        return None if inside is None else type(self)(inside, self.weight)
+
+    def double(self) -> DataTerm | None:
+        inside = self.inside.double()
+        return None if inside is None else type(self)(inside, self.weight)
 
     @abc.abstractmethod
     def mixed(self, x: Tensor) -> DataMixed:
@@ -82,8 +98,8 @@ class ScaledTerm(WeightedTerm):
     """One weight for any data term."""
 
     def __init__(self, inside: DataTerm, weight: DataWeight):
-        self.inside, self.weight = inside, weight
-        self.shape, self.applications, self.reason = inside.shape, inside.applications, inside.reason
+        super().__init__(inside, weight)
+        self.applications, self.reason = inside.applications, inside.reason
 
     @property
     def number(self) -> Tensor:
@@ -112,17 +128,6 @@ class ScaledTerm(WeightedTerm):
 
     def apply(self, x: Tensor) -> Tensor:
         return self._scale(self.inside.apply(x))
-
-    def initial(self) -> Tensor:
-        return self.inside.initial()
-
-    def subset(self, index: Tensor) -> DataTerm | None:
-        inside = self.inside.subset(index)
-        return None if inside is None else ScaledTerm(inside, self.weight)
-
-    def double(self) -> DataTerm | None:
-        inside = self.inside.double()
-        return None if inside is None else ScaledTerm(inside, self.weight)
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         return self.number * self.inside.gradient_scale(x)
@@ -187,9 +192,9 @@ class SpectralTerm(WeightedTerm):
     """A weight for every frequency of the measurements."""
 
     def __init__(self, inside: DataTerm, weight: DataWeight):
-        self.inside, self.weight = inside, weight
+        super().__init__(inside, weight)
         self.frequencies = frequencies_of(inside)
-        self.shape, self.dtype = inside.shape, self.frequencies.measured.dtype
+        self.dtype = self.frequencies.measured.dtype
         self.applications = 2
 
     def _weights(self) -> Tensor:
@@ -224,17 +229,6 @@ class SpectralTerm(WeightedTerm):
 
     def apply(self, x: Tensor) -> Tensor:
         return self.frequencies.measurements(self._weights() * self.frequencies.forward(x))
-
-    def initial(self) -> Tensor:
-        return self.inside.initial()
-
-    def subset(self, index: Tensor) -> DataTerm | None:
-        inside = self.inside.subset(index)
-        return None if inside is None else SpectralTerm(inside, self.weight)
-
-    def double(self) -> DataTerm | None:
-        inside = self.inside.double()
-        return None if inside is None else SpectralTerm(inside, self.weight)
 
     def gradient_scale(self, x: Tensor) -> Tensor:
         """Sizes of both terms at the largest weight, times the growth of errors in the transforms."""

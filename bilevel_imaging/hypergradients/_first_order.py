@@ -23,7 +23,7 @@ from bilevel_imaging.hypergradients.refinement import Refiner
 from bilevel_imaging.linear_solvers import ConjugateGradient
 from bilevel_imaging.lower_solvers import GradientDescent, HeavyBall, NewtonCG
 from bilevel_imaging.lower_solvers.accelerated_gradient import constant_schedule, momentum_step
-from bilevel_imaging.tensors import entries
+from bilevel_imaging.tensors import entries, length
 
 # (step, momentum), each (B, 1, ...)
 Coefficients = tuple[Tensor, Tensor]
@@ -104,7 +104,7 @@ class UnrolledHypergradient:
     @property
     def norm(self) -> float:
         """||grad||_2 over all parameters."""
-        return float(entries(self.grad).norm())
+        return length(entries(self.grad))
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _certify(request: Request, result: UnrolledHypergradient) -> UnrolledHypergr
     if not implicit.bounds:
         return replace(result, reason=f"not certified: {point.reason}")
     totals, _, name = implicit.best(tuple(implicit.bounds))
-    bound = float((entries(result.grad) - implicit.flat).norm()) + float(totals.mean())
+    bound = length(entries(result.grad) - implicit.flat) + float(totals.mean())
     if not bound < float("inf"):
         return replace(result, reason="not certified: the bound is not finite")
     return replace(result, bound=bound, certified=True, reason="", certificate=name)

@@ -309,9 +309,8 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
 def _why_infinite(current: Estimate, names: tuple[str, ...]) -> str:
     if not names:
         return "this energy has no such certificate; choose certificate='auto'"
-    lipschitz = current.point.ball_constants.hessian_lipschitz
-    if lipschitz is not None and bool(lipschitz.isinf().any()):
-        return "a kink of the regularizer lies within the certified distance of x; reduce error_tol"
+    if kink := current.point.near_kink:
+        return kink
     if names == ("local",):
         return "too far from the minimizer for the local certificate; reduce error_tol or choose certificate='auto'"
     return "the bound is not finite"

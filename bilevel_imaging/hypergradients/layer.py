@@ -152,7 +152,8 @@ class BilevelReconstructor(deepinv.models.Reconstructor):
             bound = float(result.best(tuple(result.bounds))[0].sum()) if result.bounds else float("inf")
             reason = forward.reason
             if bound == float("inf"):
-                reason = f"not certified: {_why_infinite(result)}"
+                why = result.point.reason or result.point.near_kink or "the bound is not finite; reduce error_tol"
+                reason = f"not certified: {why}"
             done = replace(done, backward_bound=bound, certified=not reason, reason=reason)
         if self._latest is forward:
             self.certificate = done
@@ -160,15 +161,6 @@ class BilevelReconstructor(deepinv.models.Reconstructor):
             self._warned = True
             text = f"The gradient of this layer is {done.reason}."
             warnings.warn(text, NotCertifiedWarning, stacklevel=2)
-
-
-def _why_infinite(result: Estimate) -> str:
-    lipschitz = result.point.ball_constants.hessian_lipschitz
-    if result.point.reason:
-        return result.point.reason
-    if lipschitz is not None and bool(lipschitz.isinf().any()):
-        return "a kink of the regularizer lies within the certified distance of x; reduce error_tol"
-    return "the bound is not finite; reduce error_tol"
 
 
 class _Pairing:

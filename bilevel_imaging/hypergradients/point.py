@@ -97,6 +97,14 @@ class Point:
         return constants if ball is None else ball
 
     @property
+    def near_kink(self) -> str:
+        """In words, that Euclidean bounds are infinite because of a kink; "" otherwise."""
+        lipschitz = self.ball_constants.hessian_lipschitz
+        if lipschitz is None or not bool(lipschitz.isinf().any()):
+            return ""
+        return "a kink of the regularizer lies within the certified distance of x; reduce error_tol"
+
+    @property
     def value_reason(self) -> str:
         """Why the loss can't be enclosed at this point; empty if it can."""
         constants = self.ball_constants

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from bilevel_imaging.energies import SamplingMask, VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient
+from bilevel_imaging.tensors import entries, length
 
 
 class SamplingPenalty:
@@ -57,7 +57,7 @@ class SamplingPenalty:
             return None if pair is None else (shifted(pair[0]), pair[1])
 
         grad = shifted(h.grad)
-        size = float(torch.cat([g.detach().double().flatten() for g in grad.values()]).norm())
+        size = length(entries(grad))
         return replace(
             h,
             grad=grad,
