@@ -47,7 +47,7 @@ def products(features: Tensor, labels: Tensor, w: Tensor, v: Tensor, weights: Te
     with torch.no_grad():
         gradient, rows = examples.gradient(w, weights)
         return {
-            "p": rows[:, : len(w)].T,
+            "p": examples.planes(rows, len(w)),
             "logits": examples.logits(w),
             "cross_entropy": examples.cross_entropy(w),
             "gradient": gradient,

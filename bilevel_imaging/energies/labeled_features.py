@@ -73,7 +73,7 @@ class LabeledFeatures:
 
     @cached_property
     def _is_sparse(self) -> bool:
-        fits = self.classes <= native.MOST_CLASSES
+        fits = self.classes <= native.MOST_CLASSES and self.features.shape[1] <= native.MOST_FEATURES
         return fits and int(self.features.count_nonzero()) <= _SPARSE * self.features.numel()
 
     @cached_property
@@ -86,7 +86,7 @@ class LabeledFeatures:
 
     def _compiled_with(self, rows: Tensor, *given: Tensor) -> native.SparseExamples | None:
         """The same for p as in :meth:`gradient`, which compiled code must have made."""
-        return self._compiled(rows, *given) if rows.shape[1] == native.MOST_CLASSES else None
+        return self._compiled(rows, *given) if rows.dim() == 3 else None
 
     def logits(self, w: Tensor) -> Tensor:
         """W a_i for all i, ``(C, N)``."""
@@ -106,13 +106,13 @@ class LabeledFeatures:
         """sum_i weights_i (p_i - e_{y_i}) a_i^T ``(C, d)``, weights ``(N,)``, with the softmax p_i of the logits.
 
         Returns:
-            the sum, and p ``(N, >= C)``, meaningless beyond the classes there are: for the products below.
+            the sum, and p for :meth:`planes` and the products below.
         """
         packed = self._compiled(w, weights)
         if packed is not None:
             return packed.gradient(w, weights)
         probabilities = torch.softmax(self.logits(w), 0)
-        return (weights * (probabilities - self.targets)) @ self.features, probabilities.T.contiguous()
+        return (weights * (probabilities - self.targets)) @ self.features, probabilities
 
     def hessian(self, v: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
         """sum_i weights_i S_i V a_i a_i^T ``(C, d)`` with the covariances S_i = diag(p_i) - p_i p_i^T; p as above."""
@@ -130,7 +130,7 @@ class LabeledFeatures:
 
     def planes(self, rows: Tensor) -> Tensor:
         """p as above in the shape ``(C, N)``."""
-        return rows[:, : self.classes].T.contiguous()
+        return rows if rows.dim() == 2 else self._packed.planes(rows, self.classes)
 
     def gram(self, weights: Tensor) -> Tensor:
         """sum_i weights_i a_i a_i^T, ``(d, d)``, weights ``(N,)``."""

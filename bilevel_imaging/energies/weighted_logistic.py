@@ -50,13 +50,23 @@ class WeightedLogisticProblem(LowerLevelProblem):
         self.shape = torch.Size((1, *examples.shape))
         self.cost = Cost() if cost is None else cost
         self._known: tuple[Tensor, Constants] | None = None
+        self._last_weights: tuple[Tensor, Tensor] | None = None
         self._factor: tuple[Tensor, Tensor] | None = None
         self.factorizations = 0
         self._exact: WeightedLogisticProblem | None = None
 
     def weights(self) -> Tensor:
         """sigmoid(theta_i) / N, ``(N,)``."""
-        return torch.sigmoid(self.theta["theta"].to(self.dtype)) / self.examples.count
+        theta = self.theta["theta"]
+        if torch.is_grad_enabled() and theta.requires_grad:
+            return self._weights(theta)
+        # every gradient needs them, and comparing is cheaper
+        if self._last_weights is None or not torch.equal(self._last_weights[0], theta):
+            self._last_weights = theta.detach().clone(), self._weights(theta.detach())
+        return self._last_weights[1]
+
+    def _weights(self, theta: Tensor) -> Tensor:
+        return torch.sigmoid(theta.to(self.dtype)) / self.examples.count
 
     def _value(self, x: Tensor) -> Tensor:
         return (self.weights() @ self.examples.cross_entropy(x[0]) + self.ridge * x.square().sum()).unsqueeze(0)

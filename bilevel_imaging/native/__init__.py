@@ -15,7 +15,7 @@ from bilevel_imaging.native.potentials import (
     spline_sums,
     total,
 )
-from bilevel_imaging.native.sparse_features import MOST_CLASSES, SparseExamples
+from bilevel_imaging.native.sparse_features import MOST_CLASSES, MOST_FEATURES, SparseExamples
 from bilevel_imaging.native.stencils import Stencil, SystemStates
 from bilevel_imaging.native.total_variation import (
     advance_dual,
@@ -32,6 +32,7 @@ from bilevel_imaging.native.updates import advance, inner, largest
 
 __all__ = [
     "MOST_CLASSES",
+    "MOST_FEATURES",
     "AbsolutePotentials",
     "Bank",
     "Descent",
