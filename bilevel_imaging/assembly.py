@@ -292,7 +292,8 @@ def make_objective(
         limits = {} if settings.max_iter is None else {"max_iter": settings.max_iter}
         options[name] = registry[settings.solver](**limits)
     if config.upper.sampling_penalty:
-        options["penalty"] = SamplingPenalty(energy, config.upper.sampling_penalty)
+        price = config.upper.sampling_penalty
+        options["penalty"] = SamplingPenalty(energy, price, price * config.upper.sampling_binary)
     if isinstance(data, RandomPatches):
         return RandomPatchObjective(energy, data, **options)
     minibatch = config.upper.minibatch

@@ -302,6 +302,8 @@ class UpperConfig:
         sampling_penalty: with problem.data_weight mask: what measuring all of k-space costs, in the units of the loss,
             which is 1/2 times the sum of the squared errors of an image; the mean of the mask is multiplied by it. Set
             regularizer.learn_weight to false: else the weight and the whole mask shrink together to avoid it.
+        sampling_binary: further price of S (1 - S) over sampling_penalty, which drives S to 0 or 1; it grows from
+            nothing after a third of max_steps to this number at their end (first-order methods).
         options: further arguments of the method by name.
     """
 
@@ -320,6 +322,7 @@ class UpperConfig:
     average: float = 0.0
     lr_scale: dict[str, float] = field(default_factory=dict)
     sampling_penalty: float = 0.0
+    sampling_binary: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -331,7 +334,15 @@ class UpperConfig:
         for name in ("lr", "relative", "error_tol", "residual_tol", "tolerance", "stationarity_tol"):
             if getattr(self, name) is not None:
                 _number(f"upper.{name}", getattr(self, name), "> 0")
-        _number("upper.sampling_penalty", self.sampling_penalty, ">= 0")
+        for name in ("sampling_penalty", "sampling_binary"):
+            _number(f"upper.{name}", getattr(self, name), ">= 0")
+        if self.sampling_binary and not self.sampling_penalty:
+            raise ValueError("upper.sampling_binary: expected upper.sampling_penalty > 0 with it. Got 0.")
+        if self.sampling_binary and self.method in ALL_IMAGES_METHODS:
+            raise ValueError(
+                f"upper.sampling_binary: changes the loss from step to step, but {self.method} compares losses. "
+                "Choose another upper.method."
+            )
         _one_of("upper.schedule", self.schedule, SCHEDULES)
         _at_least("upper.warmup", self.warmup, 0)
         if self.clip is not None and not 1 <= self.clip < math.inf:

@@ -138,7 +138,7 @@ def _scored(config: RunConfig, folder: Path, energy: VariationalEnergy) -> dict[
     weight = energy.data_weight
     if isinstance(weight, SamplingMask) and config.problem.acceleration == 1 and weight.mask.shape[0] == 1:
         tuning = assembly.training_pairs(config, "baseline")
-        options = {"ridge": energy.ridge, "seed": config.seed}
+        options = {"ridge": energy.ridge, "seed": config.seed, "progress": config.logging.progress}
         result["patterns"] = compare_patterns(weight, energy.regularizer, tuning, test, **options)
     return result
 

@@ -5,6 +5,7 @@ python scripts/reproduce.py denoising --regularizer FILE... --images DIR --sigma
 python scripts/reproduce.py training_curves runs/A runs/B [--json PATH]
 python scripts/reproduce.py ct --regularizer FILE... --images DIR --train 200
 python scripts/reproduce.py mri --regularizer FILE... --images DIR --train 200
+python scripts/reproduce.py mri_sampling [--penalties BETA...] [--json PATH]
 python scripts/reproduce.py hypercleaning [--mnist DIR] [--settings SETTING...] [--json PATH]
 python scripts/reproduce.py maid [--budget N] [--problems tv foe] [--parts methods starts] [--json PATH]
 """
@@ -31,11 +32,12 @@ EXPERIMENTS = {
     "training_curves": "bilevel_imaging.experiments.training_curves",
     "ct": "bilevel_imaging.experiments.medical",
     "mri": "bilevel_imaging.experiments.medical",
+    "mri_sampling": "bilevel_imaging.experiments.mri_sampling",
     "hypercleaning": "bilevel_imaging.experiments.hypercleaning",
     "maid": "bilevel_imaging.experiments.maid",
 }
 MEDICAL = ("ct", "mri")
-WITH_FILES = ("denoising", "training_curves", "hypercleaning", "maid", *MEDICAL)
+WITH_FILES = ("denoising", "training_curves", "mri_sampling", "hypercleaning", "maid", *MEDICAL)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="run folders of train.py")
         if name in MEDICAL:
             add_medical_options(command, name)
+        if name == "mri_sampling":
+            add_sampling_options(command)
         if name == "hypercleaning":
             add_hypercleaning_options(command)
         if name == "maid":
@@ -103,6 +107,16 @@ def add_medical_options(command: argparse.ArgumentParser, name: str) -> None:
     add("--markdown", type=Path, metavar="RECORD", help="compute nothing: print a saved record as Markdown")
 
 
+def add_sampling_options(command: argparse.ArgumentParser) -> None:
+    """What measuring costs, and how long to learn."""
+    command.description = "Learned columns of k-space at several prices of measuring, beside fixed patterns."
+    add = command.add_argument
+    add("--penalties", type=float, nargs="+", metavar="BETA", help="prices of all of k-space (default: 3 6 12)")
+    add("--steps", type=int, help="of Adam for every mask (default: 60)")
+    add("--seed", type=int, help="of patches, noise and the random pattern (default: 0)")
+    add("--figure", type=Path, metavar="PATH", help="also write the picture here")
+
+
 def add_hypercleaning_options(command: argparse.ArgumentParser) -> None:
     """Where the digits are, and which settings to run for how long."""
     command.description = "Weights for the digits of MNIST, some of them wrongly labeled, learned on clean digits."
@@ -149,6 +163,17 @@ def maid_options(parsed: argparse.Namespace) -> dict[str, Any]:
             save_record(record, parsed.json)
 
     return {"save": save, "progress": True, **chosen}
+
+
+def sampling_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of run(); the record is saved after every mask."""
+    chosen = {name: getattr(parsed, name) for name in ("penalties", "steps", "seed")}
+
+    def save(record: dict[str, Any]) -> None:
+        for path in filter(None, [output_folder(parsed) / "record.json", parsed.json]):
+            save_record(record, path)
+
+    return {"save": save, "progress": True, **{k: v for k, v in chosen.items() if v is not None}}
 
 
 def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
@@ -271,6 +296,8 @@ def options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
         return denoising_options(parsed, experiment)
     if parsed.experiment == "training_curves":
         return {"folders": parsed.folders}
+    if parsed.experiment == "mri_sampling":
+        return sampling_options(parsed)
     if parsed.experiment == "hypercleaning":
         return hypercleaning_options(parsed, experiment)
     if parsed.experiment == "maid":

@@ -229,6 +229,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ),
         ("--upper.sampling_penalty=1", "upper.sampling_penalty: expected problem.data_weight mask. Got null"),
         ("--upper.sampling_penalty=-1", "upper.sampling_penalty: expected a finite number >= 0"),
+        ("--upper.method=adam --upper.sampling_binary=2", "upper.sampling_binary: expected upper.sampling_penalty > 0"),
         ("--lower.solver=foo", "lower.solver: expected one of"),
         ("--regularizer.kind=tikhonov --regularizer.isotropic=false", "regularizer.isotropic: tikhonov"),
         ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),
@@ -348,6 +349,7 @@ def test_data_weights_from_end_to_end(tmp_path, capsys, short_grid):
     sampling, noise = tmp_path / "sampling", tmp_path / "noise"
     mask = ["--problem.kind=mri", "--problem.acceleration=1", "--problem.data_weight=mask"]
     adam = ["--upper.method=adam", "--upper.max_steps=3", "--upper.sampling_penalty=5", "--upper.lr=0.3"]
+    adam += ["--upper.sampling_binary=4"]
     options = '--problem.data_weight_options={"per_column":true,"start":0.8}'
     assert train_main([f"--output={sampling}", *TINY, *mask, *adam, options, "--logging.tensorboard=true"]) == 0
     prior = load_regularizer(sampling / "regularizer.safetensors")
@@ -378,19 +380,22 @@ def test_data_weights_from_end_to_end(tmp_path, capsys, short_grid):
 def test_the_sampling_penalty_is_part_of_loss_and_hypergradient():
     from bilevel_imaging import assembly
 
-    data, upper = DataConfig(patch_size=16, max_images=3, batch_size=2), UpperConfig(sampling_penalty=7.0)
+    data = DataConfig(patch_size=16, max_images=3, batch_size=2)
+    upper = UpperConfig(method="adam", sampling_penalty=7.0, sampling_binary=3.0)
     problem = ProblemConfig("mri", data_weight="mask", acceleration=1.0, ridge=1e-2, dtype="float64")
     config = RunConfig(data=data, problem=problem, upper=upper)
     energy = assembly.make_energy(config)
     with torch.no_grad():
         energy.data_weight.logits += torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     objective = assembly.make_objective(config, energy, assembly.training_pairs(config))
+    objective.penalty.advance(2 / 3)  # half of the price of S (1 - S)
     plain = assembly.make_objective(replace(config, upper=UpperConfig()), energy, assembly.training_pairs(config))
     h, without = (o.hypergradient(error_tol=1e-7, residual_tol=1e-7) for o in (objective, plain))
     mask = torch.sigmoid(energy.data_weight.logits.detach())
     assert h.bound == without.bound < 1e-3 and h.relative_bound == pytest.approx(h.bound / h.norm)
-    assert h.loss - without.loss == pytest.approx(7 * float(mask.mean()))
-    assert h.loss_interval[0] - without.loss_interval[0] == pytest.approx(7 * float(mask.mean()))
+    price = float((7 * mask + 0.5 * 21 * mask * (1 - mask)).mean())
+    assert h.loss - without.loss == pytest.approx(price)
+    assert h.loss_interval[0] - without.loss_interval[0] == pytest.approx(price)
     values = []
     direction = torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for step in (1e-3, -2e-3):

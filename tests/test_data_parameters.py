@@ -18,7 +18,7 @@ from bilevel_imaging.energies import DataWeight, FrequencyWeights, NoiseWeight, 
 from bilevel_imaging.energies.weighted_terms import MAX_COLUMNS
 from bilevel_imaging.tensors import inner, norm
 from bilevel_imaging.training import evaluation
-from bilevel_imaging.training.sampling import compare_patterns, describe_patterns, patterns
+from bilevel_imaging.training.sampling import compare_patterns, describe_patterns, losses_without, patterns
 
 F32, F64 = torch.float32, torch.float64
 
@@ -539,17 +539,36 @@ def test_learning_the_weights_lowers_the_loss():
 
 def test_patterns_have_the_same_number_of_columns():
     learned = varied(SamplingMask((1, 32), 0.3))
-    found = patterns(learned, seed=2)
+    losses = torch.rand(32, generator=torch.Generator().manual_seed(3), dtype=F64)
+    found = patterns(learned, losses, seed=2)
     count = round(float(learned.mask.detach().sum()))
     assert {name: int(columns.sum()) for name, columns in found.items()} == dict.fromkeys(found, count)
-    s = learned.mask.detach()[0]
-    assert s[found["learned"] == 1].min() >= s[found["learned"] == 0].max()
+    assert losses[found["learned"] == 1].min() >= losses[found["learned"] == 0].max()
     kept = found["low frequencies"].nonzero().flatten()
     assert kept.tolist() == list(range(int(kept[0]), int(kept[0]) + count)) and 16 in kept
     assert abs(float(kept.double().mean()) - 16) <= 0.5
-    assert not torch.equal(found["variable density"], patterns(learned, seed=3)["variable density"])
+    assert not torch.equal(found["variable density"], patterns(learned, losses, seed=3)["variable density"])
     with pytest.raises(ValueError, match=r"shape \(1, columns\)"):
-        patterns(SamplingMask((32, 1)))
+        patterns(SamplingMask((32, 1)), losses)
+
+
+def test_columns_are_ranked_by_what_the_loss_is_without_them():
+    """Shrinkage of Fourier coefficients has a closed form; the largest S are not the columns that matter most."""
+    alpha, weight = 0.1, varied(SamplingMask((1, 8), 0.5))
+    with torch.no_grad():
+        weight.logits[0, 4] = -4.0  # the zero frequency, in the middle
+    physics = MRI(mask=torch.ones(1, 1, 8, 8, dtype=F64), img_size=(2, 8, 8))
+    images = list(5 + like(torch.zeros(2, 2, 8, 8, dtype=F64), 7))
+    spectra = [physics.A(x[None])[0] for x in images]
+    measured = [y + 0.3 * like(y, 8 + i) for i, y in enumerate(spectra)]
+    pairs = ImagePairs(["a", "b"], images, measured, lambda shape: physics)
+    found = losses_without(weight, bi.Tikhonov(alpha), pairs)
+    w = weight.mask.detach()[0].square()
+    errors = [((w / (w + alpha) * y - z).square().sum((0, 1)), z.square().sum((0, 1))) for y, z in zip(measured, spectra, strict=True)]
+    kept, lost = (0.5 * sum(parts) / 2 for parts in zip(*errors, strict=True))
+    torch.testing.assert_close(found, kept.sum() - kept + lost, rtol=1e-5, atol=0)
+    assert int(found.argmax()) == 4 and int(weight.mask[0].argmin()) == 4
+    assert patterns(weight, found)["learned"][4] == 1
 
 
 def test_the_pattern_of_the_truth_wins(monkeypatch):
@@ -562,14 +581,16 @@ def test_the_pattern_of_the_truth_wins(monkeypatch):
     weight = SamplingMask((1, 16))
     with torch.no_grad():
         weight.logits.copy_(logits)
-    chosen = patterns(weight)["learned"]
+    chosen = (weight.mask.detach()[0] > 0.5).double()
     spectrum = like(torch.zeros(3, 16, 16, dtype=torch.complex128), 4) * chosen
     centered = torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="ortho")
     images = [torch.stack([x.real, x.imag]) for x in torch.fft.fftshift(centered, dim=(-2, -1))]
     physics = MRI(mask=torch.ones(1, 1, 16, 16, dtype=F64), img_size=(2, 16, 16))
     names = ["a", "b", "c"]
     pairs = ImagePairs(names, images, [physics.A(x[None])[0] for x in images], lambda shape: physics)
-    found = compare_patterns(weight, bi.TotalVariation(), pairs, pairs.subset([1]), ridge=1e-3)
+    before = weight.logits.detach().clone()
+    found = compare_patterns(weight, bi.TotalVariation(1e-3, 0.01), pairs, pairs.subset([1]), ridge=1e-3)
+    assert torch.equal(weight.logits, before) and weight.learned
     best = found["learned"]["psnr"]
     assert found["learned"]["columns"] == chosen.nonzero().flatten().tolist()
     for name in ("low frequencies", "variable density"):

@@ -14,7 +14,7 @@
 #define CLASSES 16
 #define GROUPED 2
 #define VECTORS 2
-#define CHUNK 32
+#define CHUNK 16
 #define PARTIAL 16
 #define AHEAD 24
 enum { LOGITS, GRADIENT, HESSIAN, MIXED, CROSS_ENTROPY, GRAM };
@@ -185,6 +185,14 @@ static inline void NAME(inner_of_classes)(const REAL *s, const REAL *t, int64_t 
     }
 }
 
+/* t times the weights of the examples. */
+static inline void NAME(weigh)(REAL *restrict t, const REAL *restrict weights, int room) {
+    for (int k = 0; k < room; k++) {
+#pragma omp simd
+        for (int i = 0; i < BLOCK; i++) t[k * BLOCK + i] *= weights[i];
+    }
+}
+
 /* What is done to the logits t of a block. */
 static inline void NAME(transform)(const NAME(Pass) *pass, REAL *restrict t, int64_t block, int room) {
     const int64_t *order = pass->order + block * BLOCK, *labels = pass->labels + block * BLOCK;
@@ -199,7 +207,7 @@ static inline void NAME(transform)(const NAME(Pass) *pass, REAL *restrict t, int
         NAME(softmax)(t, classes, room, NULL);
         memcpy(rows, t, room * BLOCK * sizeof(REAL));
         for (int64_t i = 0; i < size; i++) t[labels[i] * BLOCK + i] -= 1;
-        for (int k = 0; k < room * BLOCK; k++) t[k] *= weights[k % BLOCK];
+        NAME(weigh)(t, weights, room);
         break;
     case HESSIAN:
         NAME(inner_of_classes)(rows, t, classes, other);
@@ -222,7 +230,7 @@ static inline void NAME(transform)(const NAME(Pass) *pass, REAL *restrict t, int
         break;
     }
     case GRAM:
-        for (int k = 0; k < room * BLOCK; k++) t[k] *= weights[k % BLOCK];
+        NAME(weigh)(t, weights, room);
     }
 }
 

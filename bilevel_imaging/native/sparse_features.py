@@ -13,7 +13,7 @@ MOST_CLASSES = ROOMS[-1]
 # indices of pairs of features are 16 bits wide
 MOST_FEATURES = 2**17
 # of its tiles: neighboring features, and bytes of a vector of examples times two; of its chunks: blocks
-_GROUPED, _BLOCK_BYTES, _CHUNK = 2, 128, 32
+_GROUPED, _BLOCK_BYTES, _CHUNK = 2, 128, 16
 # directions of largest variance that tell which examples are alike, of at most so many features
 _DIRECTIONS, _COMPARED = 10, 1024
 _LOGITS, _GRADIENT, _HESSIAN, _MIXED, _CROSS_ENTROPY, _GRAM = range(6)
