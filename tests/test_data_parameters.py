@@ -564,8 +564,9 @@ def test_columns_are_ranked_by_what_the_loss_is_without_them():
     pairs = ImagePairs(["a", "b"], images, measured, lambda shape: physics)
     found = losses_without(weight, bi.Tikhonov(alpha), pairs)
     w = weight.mask.detach()[0].square()
-    errors = [((w / (w + alpha) * y - z).square().sum((0, 1)), z.square().sum((0, 1))) for y, z in zip(measured, spectra, strict=True)]
-    kept, lost = (0.5 * sum(parts) / 2 for parts in zip(*errors, strict=True))
+    both = list(zip(measured, spectra, strict=True))
+    kept = 0.5 * sum((w / (w + alpha) * y - z).square().sum((0, 1)) for y, z in both) / 2
+    lost = 0.5 * sum(z.square().sum((0, 1)) for z in spectra) / 2
     torch.testing.assert_close(found, kept.sum() - kept + lost, rtol=1e-5, atol=0)
     assert int(found.argmax()) == 4 and int(weight.mask[0].argmin()) == 4
     assert patterns(weight, found)["learned"][4] == 1

@@ -17,7 +17,7 @@ from bilevel_imaging.assembly import make_regularizer
 from bilevel_imaging.config import RegularizerConfig
 from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, extend
 from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
-from bilevel_imaging.regularizers.profiles import Profile
+from bilevel_imaging.regularizers.potentials import Profile
 from bilevel_imaging.regularizers.ridge_linearization import RidgeLinearization
 from bilevel_imaging.transforms import cosine_filter
 

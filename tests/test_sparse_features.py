@@ -74,6 +74,21 @@ def test_every_product_is_the_dense_one(count, width, classes, density, dtype, t
 
 
 @compiled
+@pytest.mark.parametrize(("count", "width", "classes", "density"), SIZES)
+def test_pixels_of_8_bits_are_kept_as_bytes(count, width, classes, density):
+    features, labels, *rest = sample(count, width, classes, density, 1.0, torch.float32)
+    pixels = (255 * features).round().clamp(0, 255) / 255
+    pixels[-1, -1] = 1.0
+    expected = vars(Dense(pixels.double(), labels, *(t.double() for t in rest)))
+    for name, found in products(pixels, labels, *rest).items():
+        size = float(expected[name].abs().max())
+        assert float((found.double() - expected[name]).abs().max()) <= 1e-6 * max(size, 1e-30), name
+    for changed in (pixels + 1e-4 * (pixels > 0), -pixels, 2 * pixels):
+        found = products(changed, labels, *rest)["logits"].double()
+        assert float((found - rest[0].double() @ changed.T.double()).abs().max()) <= 1e-6 * float(found.abs().max())
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_logits_that_overflow_an_exponential(dtype):
     tolerance = 1e4 * torch.finfo(dtype).eps  # logits of some thousands are rounded

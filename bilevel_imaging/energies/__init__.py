@@ -8,10 +8,10 @@ from bilevel_imaging.energies.data_weights import (
     SamplingMask,
 )
 from bilevel_imaging.energies.labeled_features import LabeledFeatures
+from bilevel_imaging.energies.logistic import WeightedLogisticProblem
 from bilevel_imaging.energies.problem import Constants, Directional, Linearization, LowerLevelProblem
 from bilevel_imaging.energies.quadratic import QuadraticProblem
 from bilevel_imaging.energies.variational import VariationalEnergy, VariationalProblem
-from bilevel_imaging.energies.weighted_logistic import WeightedLogisticProblem
 
 __all__ = [
     "DATA_WEIGHTS",

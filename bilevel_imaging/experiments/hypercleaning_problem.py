@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.data import corrupt_labels, load_mnist
 from bilevel_imaging.energies import LabeledFeatures, WeightedLogisticProblem
-from bilevel_imaging.energies.weighted_logistic import SECOND
+from bilevel_imaging.energies.logistic import SECOND
 from bilevel_imaging.hypergradients import Hypergradient, hypergradient, loss_interval
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG

@@ -126,9 +126,7 @@ def table(record: Record) -> str:
     for one in record["runs"]:
         low, high = one["loss_interval"]
         how = "all hypergradients certified" if one["certified"] else "some hypergradients not certified"
-        lines.append(
-            f"price {one['penalty']:g}: {one['share']:.0%} of k-space, loss in [{low:.4f}, {high:.4f}], {how}"
-        )
+        lines.append(f"price {one['penalty']:g}: {one['share']:.0%} of k-space, loss in [{low:.4f}, {high:.4f}], {how}")
         lines += [f"  {line}" for line in describe_patterns(one["patterns"])]
     if not record["complete"]:
         lines.append("Interrupted: only what was finished is shown.")

@@ -92,7 +92,7 @@ def total(potentials: Potentials, z: Tensor) -> Tensor:
 
 def primal_dual(potentials: Potentials, z: Tensor, u: Tensor, c: Tensor, out: Tensor) -> None:
     """c and psi'(z) of the primal-dual Newton model into ``c`` and ``out``, contiguous; see
-    ``regularizers.profiles.Profile.primal_dual``."""
+    ``regularizers.potentials.Profile.primal_dual``."""
     z, u = z.contiguous(), u.contiguous()
     kernel = function(f"{potentials.kind}_primal_dual", z.dtype)
     kernel(pointer(z), pointer(u), *potentials.arguments, pointer(c), pointer(out), *_sizes(z), threads())

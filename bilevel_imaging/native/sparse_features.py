@@ -44,7 +44,8 @@ class SparseExamples:
         tiles = blocks[present].contiguous()
         codes = (255 * tiles).round().clamp(0, 255).to(torch.uint8)
         coded = features.dtype == torch.float32 and torch.equal(codes.to(tiles.dtype) / 255, tiles)
-        self._values, self._bytes = (None, codes) if coded else (tiles, None)
+        self._values = None if coded else tiles
+        self._bytes = codes if coded else None
         self._tile_pairs = present.nonzero()[:, 1].to(torch.uint16)
         self._block_starts = _starts(present.sum(1))
         number = torch.full(present.shape, -1, dtype=torch.int32)

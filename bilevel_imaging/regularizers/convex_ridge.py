@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.fields_of_experts import start_filters
-from bilevel_imaging.regularizers.profiles import Profile
+from bilevel_imaging.regularizers.potentials import Profile
 from bilevel_imaging.regularizers.ridge import RidgeRegularizer
 from bilevel_imaging.regularizers.spline_profile import SplineProfile, knots
 

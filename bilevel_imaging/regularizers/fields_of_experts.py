@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging.regularizers.base import positive_parameter
-from bilevel_imaging.regularizers.profiles import FAMILIES, Profile, ScaledFamily
+from bilevel_imaging.regularizers.potentials import FAMILIES, Profile, ScaledFamily
 from bilevel_imaging.regularizers.ridge import RidgeRegularizer
 
 POTENTIALS = (*FAMILIES, "softplus")

@@ -16,7 +16,7 @@ from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, Part
 from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
-from bilevel_imaging.regularizers.profiles import Profile
+from bilevel_imaging.regularizers.potentials import Profile
 from bilevel_imaging.regularizers.ridge_linearization import RidgeLinearization
 from bilevel_imaging.tensors import norm
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel_imaging.derivatives import Constants, Directional, Linearization, LocalChange, NewtonModel
 from bilevel_imaging.regularizers.filter_bank import Part
-from bilevel_imaging.regularizers.profiles import Block
+from bilevel_imaging.regularizers.potentials import Block
 from bilevel_imaging.regularizers.ridge_newton import RidgeNewtonModel
 from bilevel_imaging.tensors import norm
 

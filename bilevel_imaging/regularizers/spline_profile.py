@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bilevel_imaging import native
-from bilevel_imaging.regularizers.profiles import Block, Profile, blockwise
+from bilevel_imaging.regularizers.potentials import Block, Profile, blockwise
 
 
 def knots(count: int, reach: Tensor) -> Tensor:

@@ -250,8 +250,9 @@ class Trainer:
     def _advance(self, log: NoLog) -> str:
         """One step; returns what is not finite, in words, or ""."""
         self._consistent = False
-        if self.objective.penalty is not None:
-            self.objective.penalty.advance(self.step / self.max_steps)
+        penalty = getattr(self.objective, "penalty", None)
+        if penalty is not None:
+            penalty.advance(self.step / self.max_steps)
         report = self.method.step(self.objective)
         # on machines that round differently the processes could go apart
         self.processes.check_same("parameters", lambda: digest(dict(self.objective.theta)))

@@ -22,18 +22,18 @@ from bilevel_imaging.upper_level.conditions import (
 )
 from bilevel_imaging.upper_level.derivative_free import DFOLS
 from bilevel_imaging.upper_level.first_order import FirstOrder
+from bilevel_imaging.upper_level.fsla import SingleLoop
 from bilevel_imaging.upper_level.grid import GridSearch
 from bilevel_imaging.upper_level.hoag import HOAG
-from bilevel_imaging.upper_level.inexact_first_order import InexactFirstOrder
+from bilevel_imaging.upper_level.inexact_sgd import InexactFirstOrder
 from bilevel_imaging.upper_level.kunisch_pock import KunischPock
+from bilevel_imaging.upper_level.line_search import NoisyLineSearch
 from bilevel_imaging.upper_level.losses import LOSSES, SquaredError
 from bilevel_imaging.upper_level.maid import MAID
-from bilevel_imaging.upper_level.noisy_line_search import NoisyLineSearch
-from bilevel_imaging.upper_level.noisy_trust_region import NoisyTrustRegion
 from bilevel_imaging.upper_level.paper_maid import PaperMAID
 from bilevel_imaging.upper_level.penalties import SamplingPenalty
-from bilevel_imaging.upper_level.single_loop import SingleLoop
-from bilevel_imaging.upper_level.variance_reduced import MRBO, VRBO
+from bilevel_imaging.upper_level.trust_region import NoisyTrustRegion
+from bilevel_imaging.upper_level.vrbo import MRBO, VRBO
 
 UPPER_LEVEL_METHODS: dict[str, Callable[..., UpperLevelMethod]] = {
     "maid": MAID,

@@ -11,7 +11,6 @@ from bilevel_imaging.energies import SamplingMask, VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient
 from bilevel_imaging.tensors import entries, length
 
-
 # part of a run after which the price of S (1 - S) begins to rise
 ONSET = 1 / 3
 
