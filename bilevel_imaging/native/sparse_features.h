@@ -24,7 +24,7 @@ enum { LOGITS, GRADIENT, HESSIAN, MIXED, CROSS_ENTROPY, GRAM };
 typedef struct {
     int64_t mode, count, classes, blocks, pairs;
     const REAL *values;          /* GROUPED * BLOCK for every tile, or NULL */
-    const uint8_t *bytes;        /* the same times 255 */
+    const uint8_t *bytes;        /* the same times 255, or NULL */
     const uint16_t *tile_pairs;  /* of features, of every tile */
     const int64_t *block_starts; /* of the tiles of every block, and their end */
     const int32_t *tiles;        /* of every pair of features of every chunk, */
@@ -65,16 +65,20 @@ static inline NAME(Vector) NAME(exponential)(NAME(Vector) t) {
     return (NAME(Vector))((INDICES)(series * (NAME(Vector))power) & ~small);
 }
 
-/* A vector of a tile. */
+/* A vector of a tile. A byte divided by 255, correctly rounded (Markstein): its product with 1 / 255 and one correction. */
 static inline NAME(Vector) NAME(features)(const NAME(Pass) *pass, int64_t vector, int coded) {
     if (!coded) return NAME(load)(pass->values + vector * LANES);
     const uint8_t *bytes = pass->bytes + vector * LANES;
 #ifdef __AVX512F__
-    if (sizeof(REAL) == 4)
-        return (NAME(Vector))_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes)));
+    if (sizeof(REAL) == 4) {
+        const __m512 k = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes)));
+        const __m512 inverse = _mm512_set1_ps(1 / 255.f), quotient = _mm512_mul_ps(k, inverse);
+        const __m512 rest = _mm512_fnmadd_ps(quotient, _mm512_set1_ps(255), k);
+        return (NAME(Vector))_mm512_fmadd_ps(rest, inverse, quotient);
+    }
 #endif
     NAME(Vector) numbers;
-    for (int lane = 0; lane < LANES; lane++) numbers[lane] = bytes[lane];
+    for (int lane = 0; lane < LANES; lane++) numbers[lane] = bytes[lane] / (REAL)255;
     return numbers;
 }
 
@@ -281,11 +285,10 @@ void NAME(sparse_pass)(
     const int64_t length = (chunks + PARTIAL - 1) / PARTIAL;
     const NAME(Pass) pass = {mode,  count,       classes,     blocks, pairs,  values,  bytes, tile_pairs, block_starts,
                              tiles, tile_blocks, pair_starts, order,  labels, weights, rows,  single};
-    const REAL unit = bytes ? 255 : 1;
     REAL *w = aligned_alloc(64, (out ? 1 + PARTIAL : 1) * size * sizeof(REAL)), *sums = w + size;
     memset(w, 0, (out ? 1 + PARTIAL : 1) * size * sizeof(REAL));
     for (int64_t k = 0; k < classes; k++)
-        for (int64_t j = 0; j < features; j++) w[j * room + k] = matrix[k * features + j] / unit;
+        for (int64_t j = 0; j < features; j++) w[j * room + k] = matrix[k * features + j];
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static, 1)
@@ -298,7 +301,7 @@ void NAME(sparse_pass)(
             REAL total[CLASSES] = {0};
             for (int64_t part = 0; part < PARTIAL; part++)
                 for (int k = 0; k < room; k++) total[k] += sums[part * size + j * room + k];
-            for (int64_t k = 0; k < classes; k++) out[k * features + j] = total[k] / unit;
+            for (int64_t k = 0; k < classes; k++) out[k * features + j] = total[k];
         }
     }
     free(w);
