@@ -178,6 +178,7 @@ def _train_parser() -> Any:
     parser.add_argument(
         "--resume", type=str | None, default=None, help="run folder to continue; parameters bit for bit"
     )
+    parser.add_argument("--json", type=str | None, default=None, help="also write the summary to this file at the end")
     parser.add_class_arguments(RunConfig, None)
     texts = _descriptions(RunConfig)
     for action in parser._actions:
@@ -213,7 +214,9 @@ def _train(argv: Sequence[str] | None) -> int:
         config, folder = _continued(parser, arguments, Path(parsed.resume).expanduser(), parsed.output)
     else:
         config = configuration(parser, parsed).resolved()
-    from bilevel_imaging.training_run import train
+    check_writable("--json", parsed.json)
+    from bilevel_imaging.training.checkpoints import atomic_write
+    from bilevel_imaging.training_run import SUMMARY_FILE, train
 
     with joined(config.problem.device) as processes, ExitStack() as held:
 
@@ -224,7 +227,12 @@ def _train(argv: Sequence[str] | None) -> int:
             return held.enter_context(new_folder(parsed.output, name, RUN_FILES, RUN_EXISTS))
 
         folder = processes.first(claimed)
-        return train(config, folder, resume=resume, processes=processes)
+        code = train(config, folder, resume=resume, processes=processes)
+        if code == 0 and parsed.json is not None:
+            target = Path(parsed.json).expanduser()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            processes.first(lambda: atomic_write(target, (folder / SUMMARY_FILE).read_bytes()))
+        return code
 
 
 def configuration(parser: Any, parsed: Any) -> RunConfig:

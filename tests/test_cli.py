@@ -235,6 +235,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),
         ("--data.train=/no/such/folder", "/no/such/folder: no such folder"),
         ("--data.patch_size=1000", "too small"),
+        ("--json=/", "--json /: is a folder"),
         ("--config=/no/such.yaml", "/no/such.yaml"),
         ("--resume=/no/such/run", "/no/such/run: no such folder"),
     ],
@@ -369,8 +370,10 @@ def test_data_weights_from_end_to_end(tmp_path, capsys, short_grid):
     assert VariationalEnergy(prior, ridge=prior.ridge).bind(batch.y, batch.physics).grad(x).norm() > 1e-2
     assert "learned data weights are for 24x24" in fails(capsys, str(sampling), "--crop=32", command=evaluate_main)
     learn = ["--problem.data_weight=noise", "--problem.kind=tomography", "--problem.views=9", "--upper.max_steps=2"]
-    assert train_main([f"--output={noise}", *TINY, *learn, "--logging.evaluate=false"]) == 0
-    summary = json.loads((noise / "summary.json").read_text())
+    copy = tmp_path / "new" / "copy.json"
+    assert train_main([f"--output={noise}", *TINY, *learn, "--logging.evaluate=false", f"--json={copy}"]) == 0
+    assert copy.read_text() == (noise / "summary.json").read_text()
+    summary = json.loads(copy.read_text())
     value = summary["parameters"]["data_weight.log_weight"]
     assert summary["parameters"]["data_weight"] == pytest.approx(math.exp(value)) and value != 0
     step = read_metrics(noise / "metrics.jsonl")[-2]

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from bilevel_imaging import linear_solvers, lower_solvers
 from bilevel_imaging.energies import WeightedLogisticProblem
 from bilevel_imaging.experiments.hypercleaning_problem import (
-    CleaningObjective,
     Digits,
     PublishedProblem,
     ValidationLoss,
@@ -36,7 +35,7 @@ from bilevel_imaging.experiments.hypercleaning_published import BEST, PUBLISHED
 from bilevel_imaging.experiments.hypercleaning_report import figures, table
 from bilevel_imaging.linear_solvers import LinearSolver
 from bilevel_imaging.training.progress import hidden
-from bilevel_imaging.upper_level import MAID
+from bilevel_imaging.upper_level import MAID, ProblemObjective
 
 __all__ = ["BEST", "PUBLISHED", "SETTINGS", "Digits", "digits", "figures", "load", "run", "table"]
 
@@ -228,7 +227,7 @@ def _solved(progress: _Progress, lower: Scheduled, x: Tensor, error_tol: float) 
 
 def _maid(progress: _Progress) -> Record:
     """The default of this package; every product with all examples counts, those that certify included."""
-    objective, method, stop = CleaningObjective(progress.problem, progress.loss), MAID(), ""
+    objective, method, stop = ProblemObjective(progress.problem, progress.loss), MAID(), ""
     certified = []
     _spent(progress)
     with torch.no_grad():
@@ -254,7 +253,7 @@ def _spent(progress: _Progress) -> None:
 
 def _outcome(progress: _Progress, stopped: str, x: Tensor | None = None) -> Record:
     seconds = time.perf_counter() - progress.started
-    objective = CleaningObjective(progress.problem, progress.loss, start=x)
+    objective = ProblemObjective(progress.problem, progress.loss, start=x)
     final, published = objective.value(FINAL_ERROR), PUBLISHED.get(progress.setting)
     return {
         "stopped": stopped,

@@ -22,8 +22,8 @@ _LOGITS, _GRADIENT, _HESSIAN, _MIXED, _CROSS_ENTROPY, _GRAM = range(6)
 class SparseExamples:
     """N feature vectors a_i with labels y_i, of which most zeros are left out.
 
-    W, V and Q are ``(C, d)`` with C <= 16, d <= 2^17. Everything has the dtype of the features. Pixels of 8 bits, k / 255
-    in float32, are kept as bytes.
+    W, V and Q are ``(C, d)`` with C <= 16, d <= 2^17. Everything has the dtype of the features. Pixels of 8 bits, k /
+    255 in float32, are kept as bytes.
 
     Args:
         features: ``(N, d)``, float32 or float64, on the CPU.

@@ -153,9 +153,9 @@ class MeanObjective(abc.ABC):
 
     def hypergradient(
         self,
-        *,
         error_tol: float | None = None,
         residual_tol: float | None = None,
+        *,
         relative: float | None = None,
         bound_tol: float | None = None,
     ) -> Hypergradient:

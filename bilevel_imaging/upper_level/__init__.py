@@ -30,6 +30,7 @@ from bilevel_imaging.upper_level.kunisch_pock import KunischPock
 from bilevel_imaging.upper_level.line_search import NoisyLineSearch
 from bilevel_imaging.upper_level.losses import LOSSES, SquaredError
 from bilevel_imaging.upper_level.maid import MAID
+from bilevel_imaging.upper_level.objective import ProblemObjective
 from bilevel_imaging.upper_level.paper_maid import PaperMAID
 from bilevel_imaging.upper_level.penalties import SamplingPenalty
 from bilevel_imaging.upper_level.trust_region import NoisyTrustRegion
@@ -91,6 +92,7 @@ __all__ = [
     "NoisyTrustRegion",
     "Objective",
     "PaperMAID",
+    "ProblemObjective",
     "RelativeError",
     "SampledObjective",
     "Samples",
