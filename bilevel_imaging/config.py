@@ -29,6 +29,9 @@ DEFAULT_LR = {"adam": 0.05, "adamw": 0.05, "rmsprop": 0.05, "inexact_adam": 0.05
 # a change of the loss by 1e-5 of itself changes the PSNR by 4e-5 dB
 DEFAULT_TOLERANCE = {"maid": 1e-5}
 
+# of images in [0, 1]; what is larger is meant in other units
+LARGEST_NOISE = 5.0
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -133,6 +136,11 @@ class ProblemConfig:
         _one_of("problem.dtype", self.dtype, DTYPES)
         _one_of("problem.device", self.device, DEVICES)
         _number("problem.sigma", self.sigma, ">= 0")
+        if max(self.sigma, *(self.sigma_range or (0.0,))) > LARGEST_NOISE:
+            raise ValueError(
+                f"problem.sigma: expected at most {LARGEST_NOISE:g}, as images are in [0, 1]; divide levels of 8-bit "
+                f"images by 255. Got {self.sigma_range or self.sigma}."
+            )
         if self.sigma_range is not None and not 0 <= self.sigma_range[0] <= self.sigma_range[1] < math.inf:
             low, high = self.sigma_range
             raise ValueError(f"problem.sigma_range: expected finite numbers 0 <= low <= high. Got [{low}, {high}].")

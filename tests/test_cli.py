@@ -181,6 +181,8 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ),
         ("--problem.sigma=-1", "problem.sigma: expected a finite number >= 0"),
         ("--problem.sigma=.nan", "problem.sigma: expected a finite number >= 0. Got nan"),
+        ("--problem.sigma=25", "problem.sigma: expected at most 5, as images are in [0, 1]; divide levels of 8-bit"),
+        ("--problem.sigma_range=[0,50]", "problem.sigma: expected at most 5"),
         ("--problem.sigma=high", "problem.sigma: expected a number. Got high."),
         ("--problem.ridge=high", "problem.ridge: expected a number or null. Got high."),
         ("--problem.sigma_range=1", "problem.sigma_range: expected two numbers in brackets or null. Got 1."),
