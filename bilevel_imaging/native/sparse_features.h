@@ -16,7 +16,7 @@
 #define VECTORS 2
 #define CHUNK 16
 #define PARTIAL 16
-#define AHEAD 24
+#define AHEAD 24 /* tiles that are fetched before they are needed */
 enum { LOGITS, GRADIENT, HESSIAN, MIXED, CROSS_ENTROPY, GRAM };
 #endif
 #define BLOCK (VECTORS * LANES)
@@ -258,10 +258,10 @@ static inline __attribute__((always_inline)) void NAME(pass_chunks)(
 static void NAME(pass_some)(
     const NAME(Pass) *pass, const REAL *w, REAL *sums, int64_t first, int64_t last, int room
 ) {
-    const int coded = pass->bytes != NULL;
+    const int coded = sizeof(REAL) == 4 && pass->bytes != NULL;
 #define WITH_ROOM(n) \
     if (room == n) { \
-        if (coded) \
+        if (sizeof(REAL) == 4 && coded) \
             NAME(pass_chunks)(pass, w, sums, first, last, n, 1); \
         else \
             NAME(pass_chunks)(pass, w, sums, first, last, n, 0); \
