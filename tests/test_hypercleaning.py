@@ -605,11 +605,15 @@ def test_figures_and_table(record):
     (axes,) = [figure.axes for figure in hypercleaning.figures(record).values()]
     assert [axis.get_xlabel() for axis in axes] == ["lower-level + adjoint iterations", "upper-level iterations"]
     for axis, key in zip(axes, ("iterations", "step"), strict=True):
-        labeled = {line.get_label(): line for line in axis.get_lines()}
-        for name, one in record["runs"].items():
-            assert list(labeled[name].get_xdata()) == [entry[key] for entry in one["curve"]]
-        circles = [line for line in axis.get_lines() if line.get_marker() == "o"]
-        assert len(circles) == 2
+        curves = [line for line in axis.get_lines() if line.get_marker() != "o"]
+        for line, one in zip(curves, record["runs"].values(), strict=True):
+            assert list(line.get_xdata()) == [entry[key] for entry in one["curve"]]
+        looks = {(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in curves}
+        assert len(looks) == len(curves) == len(record["runs"])
+        assert len(axis.get_lines()) == len(curves) + 2
+    explained = [text.get_text() for text in axes[1].get_legend().get_texts()]
+    used = [name.split("/") for name in record["runs"] if name != "maid"]
+    assert explained[0] == "maid" and {f"adjoint: {parts[1]}" for parts in used} < set(explained)
     text = hypercleaning.table(record)
     rows = {
         line.split()[0]: line for line in text.splitlines() if line.split()[:1] and line.split()[0] in record["runs"]

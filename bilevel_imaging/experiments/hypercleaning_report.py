@@ -5,13 +5,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
-from bilevel_imaging.experiments.palette import line_style
+from bilevel_imaging.experiments.palette import COLORS
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Record = dict[str, Any]
+
+
+# of curves: by adjoint solver, by lower-level solver, and by both accuracies, the loosest ones thickest
+_COLORS = dict(zip(("cg", "hb", "gd"), COLORS, strict=False))
+_LINES = {"hb": "-", "fista": "--", "gd": ":"}
+_WIDTHS = {("0.1", "0.1"): 2.2, ("0.1", "0.01"): 1.6, ("0.01", "0.1"): 1.1, ("0.01", "0.01"): 0.7}
 
 
 def figures(record: Record) -> dict[str, Figure]:
@@ -22,20 +28,47 @@ def figures(record: Record) -> dict[str, Figure]:
     labels = {"iterations": "lower-level + adjoint iterations", "step": "upper-level iterations"}
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for i, (name, one) in enumerate(record["runs"].items()):
-            _draw(axis, one, key, name, i)
+        for name, one in record["runs"].items():
+            curve, style = one["curve"], _style(name)
+            axis.plot([p[key] for p in curve], [p["objective"] for p in curve], **style)
             if one["published"] is not None:
                 end = record["budget"] if key == "iterations" else one["published"][1]
-                axis.plot(end, one["published"][0], "o", color=line_style(i)["color"], markerfacecolor="none")
+                axis.plot(end, one["published"][0], "o", color=style["color"], markerfacecolor="none", markersize=5)
         axis.set(xlabel=label, xscale="symlog" if key == "step" else "log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss")
-    axes[0].legend(fontsize=7, title="lower/adjoint/error/residual", title_fontsize=7)
+    axes[1].legend(handles=_legend(list(record["runs"])), fontsize=7, loc="lower right")
     return {"objective": figure}
 
 
-def _draw(axis: Axes, one: Record, key: str, name: str, number: int) -> None:
-    axis.plot([p[key] for p in one["curve"]], [p["objective"] for p in one["curve"]], label=name, **line_style(number))
+def _style(name: str) -> dict[str, Any]:
+    if name.count("/") != 3:
+        return {"color": COLORS[4], "linewidth": 2.2}
+    lower, adjoint, error, residual = name.split("/")
+    return {"color": _COLORS[adjoint], "linestyle": _LINES[lower], "linewidth": _WIDTHS[error, residual]}
+
+
+def _legend(names: list[str]) -> list[Line2D]:
+    """What color, line and width mean, as far as there are such runs."""
+    from matplotlib.lines import Line2D
+
+    parts = [name.split("/") for name in names if name.count("/") == 3]
+    lines = [Line2D([], [], label=name, **_style(name)) for name in names if name.count("/") != 3]
+    lines += [
+        Line2D([], [], color=color, label=f"adjoint: {name}")
+        for name, color in _COLORS.items()
+        if any(p[1] == name for p in parts)
+    ]
+    lines += [
+        Line2D([], [], color="0.3", linestyle=line, label=f"lower level: {name}")
+        for name, line in _LINES.items()
+        if any(p[0] == name for p in parts)
+    ]
+    return lines + [
+        Line2D([], [], color="0.3", linewidth=width, label=f"error {error}, residual {residual}")
+        for (error, residual), width in _WIDTHS.items()
+        if any((p[2], p[3]) == (error, residual) for p in parts)
+    ]
 
 
 def table(record: Record) -> str:
