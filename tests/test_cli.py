@@ -361,6 +361,8 @@ def test_data_weights_from_end_to_end(tmp_path, capsys, short_grid):
     assert set(prior.state_dict()) == {"log_weight", "log_smoothing"}
     summary = json.loads((sampling / "summary.json").read_text())
     assert summary["parameters"]["sampled"] == pytest.approx(float(weight.mask.mean())) and weight.mask.std() > 0
+    price = 5 * float((weight.mask + 4 * weight.mask * (1 - weight.mask)).mean())
+    assert price <= summary["loss"] < price + 1  # the whole price of S (1 - S) at the end
     assert evaluate_main([str(sampling), f"--json={tmp_path / 'e.json'}"]) == 0
     again = json.loads((tmp_path / "e.json").read_text())
     assert again["psnr"] == pytest.approx(summary["psnr"], abs=1e-6)

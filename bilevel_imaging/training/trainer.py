@@ -254,6 +254,8 @@ class Trainer:
         if penalty is not None:
             penalty.advance(self.step / self.max_steps)
         report = self.method.step(self.objective)
+        if penalty is not None:  # what is measured at the end is the loss at the end
+            penalty.advance((self.step + 1) / self.max_steps)
         # on machines that round differently the processes could go apart
         self.processes.check_same("parameters", lambda: digest(dict(self.objective.theta)))
         self.step += 1
