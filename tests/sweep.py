@@ -20,7 +20,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -301,13 +301,16 @@ def sweep(
     workers: int = 1,
     regularizers: Sequence[str] = DRAWN,
 ) -> list[Outcome]:
-    """Random cases, at most as many as fit in the given time; which they are does not depend on ``workers``."""
+    """Random cases, at most as many as fit in the given time; which they are does not depend on ``workers``.
+
+    Ctrl-C ends it early, with what there is.
+    """
     rng, outcomes, start = random.Random(seed), [], time.perf_counter()
     one = draw_polished if polished else draw
     if relative is not None:
         one = partial(draw_relative, relative=relative)
     settings = [one(rng, regularizers=regularizers) for _ in range(cases)]
-    with attempts(settings, workers) as results:
+    with suppress(KeyboardInterrupt), attempts(settings, workers) as results:
         for k, outcome in enumerate(results):
             outcomes.append(outcome)
             if progress and (outcome.violations or outcome.seconds > 5):
