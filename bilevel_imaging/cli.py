@@ -302,6 +302,6 @@ def _evaluate(argv: Sequence[str] | None) -> int:
     config = read_config(folder)
     for option in ("json", "picture"):
         check_writable(f"--{option}", getattr(parsed, option))
-    from bilevel_imaging.training_run import evaluate_run
+    from bilevel_imaging.evaluation_run import evaluate_run
 
     return evaluate_run(config, folder, parsed.data, parsed.crop, parsed.json, parsed.picture)

@@ -63,7 +63,7 @@ def _compare(argv: Sequence[str] | None) -> int:
     _check(config, parsed)
     configs = {text: _with_method(parser, config, text) for text in parsed.methods}
     from bilevel_imaging.experiments import method_comparison
-    from bilevel_imaging.training_run import write_json
+    from bilevel_imaging.training.checkpoints import write_json
 
     specs = [_spec(text, one) for text, one in configs.items()]
     objective, error_tol = _objectives(config, parsed.seeds)

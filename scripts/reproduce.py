@@ -334,7 +334,7 @@ def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | No
 
 def save_record(record: dict[str, Any], path: Path) -> Path:
     """A record as JSON, in one piece: what was there stays until the new one is complete."""
-    from bilevel_imaging.training_run import write_json
+    from bilevel_imaging.training.checkpoints import write_json
 
     write_json(path, record)
     return path

@@ -16,7 +16,17 @@ LAYERS = [
     {"hypergradients"},
     {"upper_level"},
     {"data", "training", "experiments"},
-    {"cli", "config", "export", "import_checkpoints", "assembly", "training_run", "comparison_cli", "__init__"},
+    {
+        "cli",
+        "config",
+        "export",
+        "import_checkpoints",
+        "assembly",
+        "training_run",
+        "evaluation_run",
+        "comparison_cli",
+        "__init__",
+    },
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # inside a layer there is an order too, where one would otherwise be possible both ways

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from bilevel_imaging.errors import CheckpointError
+from bilevel_imaging.training.metrics_log import finite_or_none
 from bilevel_imaging.training.state import digest, to_plain
 
 FORMAT = 1
@@ -47,6 +49,12 @@ def atomic_write(path: Path, data: bytes | memoryview) -> None:
             error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece; what is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(finite_or_none(content), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:
