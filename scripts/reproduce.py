@@ -18,6 +18,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,7 @@ def add_maid_options(command: argparse.ArgumentParser) -> None:
 
 def maid_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """Arguments of run(); the record is saved after every method."""
-    chosen = {name: getattr(parsed, name) for name in ("budget", "problems", "parts")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = given(parsed, "budget", "problems", "parts")
     chosen["earlier"] = [json.loads(path.read_text()) for path in parsed.keep or []]
 
     def save(record: dict[str, Any]) -> None:
@@ -165,21 +165,19 @@ def maid_options(parsed: argparse.Namespace) -> dict[str, Any]:
     return {"save": save, "progress": True, **chosen}
 
 
+def given(parsed: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: getattr(parsed, name) for name in names if getattr(parsed, name) is not None}
+
+
 def sampling_options(parsed: argparse.Namespace) -> dict[str, Any]:
     """Arguments of run(); the record is saved after every mask."""
-    chosen = {name: getattr(parsed, name) for name in ("penalties", "steps", "seed")}
-
-    def save(record: dict[str, Any]) -> None:
-        for path in filter(None, [output_folder(parsed) / "record.json", parsed.json]):
-            save_record(record, path)
-
-    return {"save": save, "progress": True, **{k: v for k, v in chosen.items() if v is not None}}
+    return {"save": partial(save_all, parsed), "progress": True, **given(parsed, "penalties", "steps", "seed")}
 
 
 def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
     """Arguments of run(); the digits are read here, the record is saved after every setting and completed later."""
-    chosen = {name: getattr(parsed, name) for name in ("settings", "budget", "minutes")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = given(parsed, "settings", "budget", "minutes")
 
     def save(record: dict[str, Any]) -> None:
         if parsed.json is not None:
@@ -193,13 +191,6 @@ def hypercleaning_options(parsed: argparse.Namespace, experiment: Any) -> dict[s
 def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, Any]:
     """Arguments of run(): files and folders are read here; what is finished is saved after every method."""
     kind = parsed.experiment
-
-    def save(record: dict[str, Any]) -> None:
-        folder = output_folder(parsed)
-        for path in filter(None, [folder / "record.json", parsed.json]):
-            save_record(record, path)
-        save_learned(record, folder)
-
     own = {"views": parsed.views} if kind == "ct" else {"acceleration": parsed.acceleration}
     return {
         "problem": experiment.Problem(kind, noise=parsed.noise, ridge=parsed.ridge, seed=parsed.seed, **own),
@@ -207,7 +198,7 @@ def medical_options(parsed: argparse.Namespace, experiment: Any) -> dict[str, An
         "regularizers": load_files(parsed),
         "slices": tuple(parsed.slices),
         "train": parsed.train,
-        "save": save,
+        "save": partial(save_all, parsed),
         "progress": True,
         "device": parsed.device,
     }
@@ -269,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # without files it is no mistake of the user: there is nothing to get wrong
         command.exit(2, f"error: {one_line(error)}\n")
     print(experiment.table(record))
-    write(experiment, record, output_folder(parsed), parsed.json, getattr(parsed, "figure", None))
+    write(experiment, record, parsed)
     return 0 if record.get("complete", True) else 130
 
 
@@ -316,10 +307,11 @@ def rewrite(experiment: Any, path: Path, folder: Path | None) -> int:
     return 0
 
 
-def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | None, picture: Path | None) -> None:
-    """Figures, record, and what was learned; ``picture`` is a further place for the last figure."""
+def write(experiment: Any, record: dict[str, Any], parsed: argparse.Namespace) -> None:
+    """Figures, record, and what was learned; ``--figure`` is a further place for the last figure."""
     from bilevel_imaging.training.figures import save_figure
 
+    folder, picture = output_folder(parsed), getattr(parsed, "figure", None)
     several = hasattr(experiment, "figures")
     figures = experiment.figures(record) if several else {"figure": experiment.figure(record)}
     written = [save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()]
@@ -327,9 +319,15 @@ def write(experiment: Any, record: dict[str, Any], folder: Path, copy: Path | No
         picture.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(written[-1], picture)
         written.append(picture)
-    written += [save_record(record, path) for path in filter(None, [folder / "record.json", copy])]
-    written += save_learned(record, folder)
+    written += save_all(parsed, record)
     print("\nwritten:", *written, sep="\n  ")
+
+
+def save_all(parsed: argparse.Namespace, record: dict[str, Any]) -> list[Path]:
+    """The record in the folder of the experiment and where ``--json`` says, and what was learned."""
+    folder = output_folder(parsed)
+    written = [save_record(record, path) for path in filter(None, [folder / "record.json", parsed.json])]
+    return written + save_learned(record, folder)
 
 
 def save_record(record: dict[str, Any], path: Path) -> Path:

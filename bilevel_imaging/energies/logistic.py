@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +51,8 @@ class WeightedLogisticProblem(LowerLevelProblem):
         self.dtype, self.device = examples.features.dtype, examples.features.device
         self.shape = torch.Size((1, *examples.shape))
         self.cost = Cost() if cost is None else cost
-        self._known: tuple[Tensor, Constants] | None = None
-        self._last_weights: tuple[Tensor, Tensor] | None = None
+        self._last_theta: Tensor | None = None
+        self._kept: dict[str, Any] = {}
         self._factor: tuple[Tensor, Tensor] | None = None
         self.factorizations = 0
         self._exact: WeightedLogisticProblem | None = None
@@ -60,13 +62,19 @@ class WeightedLogisticProblem(LowerLevelProblem):
         theta = self.theta["theta"]
         if torch.is_grad_enabled() and theta.requires_grad:
             return self._weights(theta)
-        # every gradient needs them, and comparing is cheaper
-        if self._last_weights is None or not torch.equal(self._last_weights[0], theta):
-            self._last_weights = theta.detach().clone(), self._weights(theta.detach())
-        return self._last_weights[1]
+        return self._at_theta("weights", lambda: self._weights(theta.detach()))
 
     def _weights(self, theta: Tensor) -> Tensor:
         return torch.sigmoid(theta.to(self.dtype)) / self.examples.count
+
+    def _at_theta(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was made at the current theta, made now if it was not: comparing theta is cheaper."""
+        theta = self.theta["theta"].detach()
+        if self._last_theta is None or not torch.equal(self._last_theta, theta):
+            self._last_theta, self._kept = theta.clone(), {}
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def _value(self, x: Tensor) -> Tensor:
         return (self.weights() @ self.examples.cross_entropy(x[0]) + self.ridge * x.square().sum()).unsqueeze(0)
@@ -82,12 +90,9 @@ class WeightedLogisticProblem(LowerLevelProblem):
 
     def constants(self) -> Constants:
         """Bounds for all W at the current theta; those of the mixed derivative are of order N^(-1/2)."""
-        theta = self.theta["theta"].detach()
-        if self._known is None or not torch.equal(self._known[0], theta):
-            with torch.no_grad():
-                self._known = theta.clone(), self._evaluate_constants()
-        return self._known[1]
+        return self._at_theta("constants", self._evaluate_constants)
 
+    @torch.no_grad()
     def _evaluate_constants(self) -> Constants:
         weights, norms = self.weights(), self.examples.norms
         largest = self.largest_gram()

@@ -261,7 +261,7 @@ static void NAME(pass_some)(
     const int coded = sizeof(REAL) == 4 && pass->bytes != NULL;
 #define WITH_ROOM(n) \
     if (room == n) { \
-        if (sizeof(REAL) == 4 && coded) \
+        if (coded) \
             NAME(pass_chunks)(pass, w, sums, first, last, n, 1); \
         else \
             NAME(pass_chunks)(pass, w, sums, first, last, n, 0); \
