@@ -228,6 +228,10 @@ class Linearization(abc.ABC):
         """Upper bounds of ||J_j||_{H^-1}, ``(B, n)``, that need no solve; ``None`` when not known."""
         return None
 
+    def split_energy_norms(self, strong_convexity: Tensor) -> Tensor | None:
+        """The same for an energy whose other terms have this strong convexity ``(B,)``; ``None`` when not known."""
+        return None
+
     def mixed_norm_bound(self) -> Tensor | None:
         """Upper bound of ||J||, ``(B,)`` float64, that needs no columns; ``None`` when not known."""
         return None

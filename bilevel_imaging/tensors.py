@@ -15,6 +15,8 @@ from bilevel_imaging import native
 
 # samples with norms between this and its reciprocal are used as they are: squares stay far from the limits
 SAFE = 1e-6
+# up to so many columns their inner products are formed one by one
+FEW = 8
 
 
 def _in_one_pass(a: Tensor, b: Tensor) -> bool:
@@ -45,11 +47,22 @@ def norm(a: Tensor) -> Tensor:
 
 
 def products(columns: Tensor, q: Tensor) -> Tensor:
-    """<c_ij, q_i> for columns c ``(B, n, *image)`` and q ``(B, *image)``, ``(B, n)``."""
-    columns, q = columns.flatten(2), q.flatten(1)
+    """<c_ij, q_i> for columns c ``(B, n, *image)`` and q ``(B, *image)``, float64 ``(B, n)``."""
+    if columns.numel() > 0 and columns.is_contiguous() and q.is_contiguous() and native.serves(columns, q):
+        return native.products(columns, q.unsqueeze(1)).squeeze(2)
+    columns, q = columns.flatten(2).double(), q.flatten(1).double()
     if q.device.type == "cpu" and len(q):  # the batched product is several times slower there
         return torch.stack([c @ v for c, v in zip(columns, q, strict=True)])
     return torch.bmm(columns, q.unsqueeze(2)).squeeze(2)
+
+
+def gram(columns: Tensor) -> Tensor:
+    """<c_ij, c_ik> for columns c ``(B, n, *image)``, float64 ``(B, n, n)``."""
+    few = 0 < columns.shape[1] <= FEW and columns.numel() > 0
+    if few and columns.is_contiguous() and native.serves(columns):
+        return native.products(columns, columns)
+    flat = columns.flatten(2).double()
+    return flat @ flat.transpose(1, 2)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

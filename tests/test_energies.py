@@ -26,6 +26,7 @@ from torch import Tensor
 
 import bilevel_imaging as bi
 from bilevel_imaging.errors import NotStronglyConvexError
+from bilevel_imaging.hypergradients.evaluation import COLUMN_UNITS
 from bilevel_imaging.regularizers.differences import squared_operator_norm
 from bilevel_imaging.tensors import inner, norm, per_sample
 
@@ -472,6 +473,27 @@ def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics)
                     assert bool((allowed <= coarse * (1 + 1e-6)).all()), (kind, weight, smoothing)
                     assert torch.equal(problem.gradient_rounding_beside(x, 2e3 * coarse), coarse)
                     assert torch.equal(problem.gradient_rounding_beside(x, coarse), allowed)
+
+
+@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(itertools.product(DECLARED, ALL_PHYSICS)))
+def test_float32_columns_are_within_what_estimates_allow_for(regularizer, physics):
+    for seed, kind in enumerate(("noisy", "ramp", "saturated")):
+        for weight, smoothing in ((1e-4, 0.1), (0.1, 1e-3), (30.0, 1.0)):
+            case = build(
+                regularizer, physics, dtype=F32, kind=kind, seed=seed, weight=weight, smoothing=smoothing, ridge=1e-3,
+                size=(9, 11),
+            )  # fmt: skip
+            problem = case.problem
+            exact = problem.double()
+            if exact is None:
+                exact = case.energy.bind(case.y.double(), in_double(case.physics))
+            x = bi.lower_solvers.NewtonCG(max_iter=3, max_inner=15).solve(problem, exact.initial().to(F32), 1e-5).x
+            columns, wanted = problem.linearize(x).mixed_columns(), exact.linearize(x.double()).mixed_columns()
+            if columns is None:
+                return
+            error, size = (v.flatten(1).norm(dim=1) for v in (columns.double() - wanted, wanted))
+            allowed = COLUMN_UNITS * problem.gradient_rounding(x).double() + 8 * torch.finfo(F32).eps * size
+            assert bool((error <= allowed).all()), (kind, weight, smoothing, float((error / allowed).max()))
 
 
 @declared_pairs

@@ -338,6 +338,20 @@ def test_products_are_not_wasted():
     assert linearization.cost.hvps == 0
 
 
+@pytest.mark.parametrize("name", LINEAR_SOLVERS)
+def test_what_is_begun_is_checked_when_it_goes_on(name):
+    linearization, rhs = random_system(batch=2)
+    solver = LINEAR_SOLVERS[name]()
+    begun = solver.begin(linearization, rhs, 0.1)
+    assert begun.verified == (name != "conjugate_gradient")
+    true = (rhs - linearization.hvp(begun.q)).flatten(1).norm(dim=1)
+    assert bool(((begun.residual_norm - true).abs() <= 1e-10).all())
+    again = solver.resume(linearization, rhs, begun, 1e-6)
+    assert again.verified and bool(((rhs - linearization.hvp(again.q)).flatten(1).norm(dim=1) <= 1e-6).all())
+    if begun.memory is not None:  # nothing was left to do
+        assert solver.resume(linearization, rhs, begun, 1.0).verified == begun.verified
+
+
 def test_finished_samples_are_dropped():
     linearization, rhs = random_system(batch=8)
     rhs[1:] = 0

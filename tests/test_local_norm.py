@@ -123,6 +123,21 @@ def test_mixed_energy_norms_need_no_solve_and_bound(regularizer, physics):
     assert (true <= norms * (1 + 1e-12)).all()
 
 
+@pytest.mark.parametrize("smoothing", [1e-3, 0.05, 0.5])
+@pytest.mark.parametrize("regularizer", [name for name in SMOOTH if name.startswith("tv")])
+def test_split_energy_norms_bound_and_gain(regularizer, smoothing):
+    _, _, linearization, mu, hessian = problem_at(regularizer, smoothing=smoothing)
+    columns = linearization.mixed_columns()[0].flatten(1).numpy()
+    true = np.sqrt(np.einsum("nd,nd->n", columns, np.linalg.solve(hessian, columns.T).T))
+    inside = linearization.inside.inside
+    split = inside.split_energy_norms(mu)[0].numpy()
+    assert (true <= split).all()
+    # nothing more is lost than with the whole field measured by W^-1, or by 1 / mu
+    whole = np.minimum(inside.mixed_energy_norms()[0].numpy(), np.linalg.norm(columns, axis=1) / float(mu) ** 0.5)
+    assert (split <= 2**0.5 * whole * (1 + 1e-3)).all()
+    assert (linearization.mixed_energy_norms()[0].numpy() <= whole * (1 + 1e-3)).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("physics", ["denoising", "inpainting", "blur_fft", "mri"])
 def test_energy_distance_holds_where_it_applies_and_beats_the_gradient_norm(physics):

@@ -12,6 +12,7 @@ import bilevel_imaging as bi
 from bilevel_imaging import native
 from bilevel_imaging.linear_solvers import ConjugateGradient
 from bilevel_imaging.native import library
+from bilevel_imaging.tensors import gram, products
 
 pytestmark = pytest.mark.skipif(native.native_kernels() != "native", reason="no compiled kernels on this machine")
 SHAPES = [(3, 1, 17, 33), (2, 3, 8, 9), (2, 1, 1, 5), (2, 1, 6, 2), (1, 1, 40, 40)]
@@ -68,10 +69,21 @@ def test_total_variation(shape, dtype, monkeypatch):
             "energy": change.energy,
             "columns": at.mixed_columns(),
             "energy norms": at.mixed_energy_norms(),
+            "split energy norms": at.split_energy_norms(mu),
             "rounding": regularizer.gradient_scale(x),
         }
 
     assert_alike(*both_ways(everything, monkeypatch), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [(1, 3, 3), (1, 70, 90)])  # a part of a block, and more than one
+def test_inner_products(size, dtype, monkeypatch):
+    a, b = photograph((3, 4, *size), dtype), photograph((3, *size), dtype, 1) - 0.5
+    assert_alike(*both_ways(lambda: {"gram": gram(a), "products": products(a, b)}, monkeypatch), dtype)
+    expected = torch.einsum("bnchw,bchw->bn", a.double(), b.double())
+    torch.testing.assert_close(products(a, b), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(gram(a)[:, 1, 2], (a[:, 1] * a[:, 2].double()).flatten(1).sum(1), rtol=1e-10, atol=0)
 
 
 @torch.no_grad()

@@ -124,6 +124,7 @@ def test_tiny_and_huge_scales(power):
         return bi.hypergradient(problem, bi.SquaredError(), s * x_true, relative=relative)
 
     h, reference = solved(scale, 0.1), solved(1.0, 1e-6)
+    assert h.cost.work == solved(1.0, 0.1).cost.work  # a power of two changes no decision
     assert h.certified and 0 < h.bound <= 0.1 * h.norm
     error = sum((g / scale / scale - reference.grad[n]).square() for n, g in h.grad.items()) ** 0.5
     assert error <= h.bound / scale / scale + reference.bound
@@ -178,3 +179,23 @@ def test_many_parameters_and_sharp_potentials_need_no_euclidean_bounds(dtype, mo
     h = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=0.5)
     assert h.certified and h.bound <= 0.5 * h.norm
     assert all(list(e.bounds) == ["local"] for e in evaluations)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.01])
+@pytest.mark.parametrize("error_tol", [1.0, 0.03, 1e-5])
+def test_classical_certificates_of_float32_data(error_tol, smoothing):
+    """Evaluated in float32 where rounding is not noticed, else in float64; the bounds hold either way."""
+    x_true = photographs(F32)
+    y = x_true + 0.1 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(0))
+    problem = bi.VariationalEnergy(bi.TotalVariation(0.1, smoothing)).bind(y, deepinv.physics.Denoising())
+    truth = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=1e-6)
+    h = bi.hypergradient(problem, bi.SquaredError(), x_true, error_tol=error_tol, certificate="classical")
+    error = sum((g.double() - truth.grad[name]).square() for name, g in h.grad.items()) ** 0.5
+    assert h.certified and float(error) <= h.bound + truth.bound
+    assert h.terms["rounding"] <= 0.02 * h.bound or error_tol == 1e-5
+    low, high = h.loss_interval
+    assert low <= truth.loss_interval[1] and truth.loss_interval[0] <= high
+    # the same from an evaluation in float64 of the same solves
+    exact = bi.hypergradient(problem, bi.SquaredError(), x_true, error_tol=error_tol, certificate="directional")
+    assert all(torch.allclose(h.grad[name], g, rtol=1e-4) for name, g in exact.grad.items())
+    assert torch.equal(h.x, exact.x) and h.cost.work <= exact.cost.work

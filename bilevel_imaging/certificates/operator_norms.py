@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_imaging.tensors import norm, per_sample, units
+from bilevel_imaging.tensors import gram, norm, per_sample, units
 
 # a parameter-side vector: one tensor, or tensors by name
 Parameters = Tensor | dict[str, Tensor]
@@ -48,17 +48,19 @@ def from_columns(columns: Tensor) -> Tensor:
     Returns:
         ``(B,)`` float64.
     """
-    flat = columns.flatten(2).double()
-    if flat.shape[1] == 0:
-        return flat.new_zeros(flat.shape[0])
-    scale = units(norm(flat), flat)
+    if columns.shape[1] == 0:
+        return torch.zeros(columns.shape[0], dtype=torch.float64, device=columns.device)
+    products = gram(columns)
+    scale = units(products.diagonal(dim1=1, dim2=2).sum(1).sqrt(), products)
     if scale is not None:  # squares of tiny columns must not underflow
-        flat = flat / per_sample(scale, flat)
-    if flat.shape[1] == 1:
-        size = flat[:, 0].norm(dim=1)
+        flat = columns.double()
+        scale = units(norm(flat), flat)
+        if scale is not None:
+            products = gram(flat / per_sample(scale, flat))
+    if products.shape[1] == 1:
+        size = products[:, 0, 0].sqrt()
     else:
-        gram = flat @ flat.transpose(1, 2)
-        size = torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0).sqrt()
+        size = torch.linalg.eigvalsh(products)[:, -1].clamp(min=0).sqrt()
     return (size if scale is None else scale * size) * (1 + GRAM_SLACK)
 
 

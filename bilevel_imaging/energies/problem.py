@@ -179,6 +179,10 @@ class CountedLinearization(Linearization):
         with torch.no_grad():
             return self.inside.mixed_energy_norms()
 
+    def split_energy_norms(self, strong_convexity: Tensor) -> Tensor | None:
+        with torch.no_grad():
+            return self.inside.split_energy_norms(strong_convexity)
+
     def newton_model(self, memory: Tensor) -> NewtonModel | None:
         with torch.no_grad():
             inside = self.inside.newton_model(memory)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from bilevel_imaging.energies.variational import VariationalProblem
 
 
+# as long as ||J|| / sqrt(mu) is no larger multiple of what is known of ||J||_{H^-1}, mu can help to bound that
+WORTH = 3.0
+
+
 class VariationalLinearization(Linearization):
     """Data term, regularizer and ridge, each with what it caches at x."""
 
@@ -151,17 +155,21 @@ class VariationalLinearization(Linearization):
     def _regularizer_energy_norms(self) -> Tensor | None:
         """The regularizer's own, or for the weight, whose column is grad R = grad g - (A^T W (Ax - y) + ridge x):
         the second term is B^T u with B^T B <= H, and ||B^T u||_{H^-1} <= ||u||."""
-        norms = self.inside.mixed_energy_norms()
-        weight = self.inside.weight_column
-        if norms is None or weight is None:
+        norms, columns = self.inside.mixed_energy_norms(), self._regularizer_columns
+        if norms is None or columns is None or norms.shape[1] == 0:
             return norms
-        problem = self.problem
-        misfit = (2 * problem.data.value(self.x).double() + problem.ridge * squared_norm(self.x).double()).sqrt()
+        problem, weight = self.problem, self.inside.weight_column
         mu = self.constants.strong_convexity.double()
-        # one part in a thousand covers the rounding of a sum of squares in float32
-        split = 1.001 * misfit + norm(self.grad).double() / mu.sqrt()
-        norms = norms.clone()
-        norms[:, weight] = torch.minimum(norms[:, weight], split)
+        if weight is not None:
+            misfit = (2 * problem.data.value(self.x).double() + problem.ridge * squared_norm(self.x).double()).sqrt()
+            # one part in a thousand covers the rounding of a sum of squares in float32
+            split = 1.001 * misfit + norm(self.grad).double() / mu.sqrt()
+            norms = norms.clone()
+            norms[:, weight] = torch.minimum(norms[:, weight], split)
+        sizes = norm(columns.flatten(0, 1)).double().reshape(norms.shape)
+        if bool((sizes <= WORTH * mu.sqrt().unsqueeze(1) * norms).any(1).all()):
+            others = self.inside.split_energy_norms(mu)
+            norms = norms if others is None else torch.minimum(norms, others)
         return norms
 
     def subset(self, index: Tensor) -> Linearization | None:

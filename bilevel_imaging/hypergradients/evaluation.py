@@ -21,6 +21,8 @@ SMALL = 0.1
 # rounding of a residual that a solver measured in its own dtype, in units of the last place of ||H|| ||q|| + ||grad f||
 # and the part of the residual below which that does
 SOLVER_UNITS, UNNOTICED = 32, 1e-2
+# rounding of J beside that of the gradient
+COLUMN_UNITS = 4
 # part of a bound below which a simpler one will do
 NEGLIGIBLE = 0.1
 
@@ -127,9 +129,10 @@ def estimate(
 def _residual(point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | None) -> tuple[Tensor, Tensor, Tensor]:
     """grad f - H q, H q, and a bound of the rounding of both, ``(B,)``: by a product, unless the solver has measured it
     in the dtype of the evaluation, or in its own one and far above the rounding there."""
-    smoothness, unit = point.constants.smoothness, 8 * torch.finfo(q.dtype).eps
+    smoothness, units = point.constants.smoothness, 8 if q.dtype == torch.float64 else SOLVER_UNITS
+    unit = units * torch.finfo(q.dtype).eps
     size = None if smoothness is None else smoothness.double() * q_norm
-    residual = None if known is None else known.residual
+    residual = known.residual if known is not None and known.verified else None
     if residual is not None and point.working is not point.linearization:
         rough = SOLVER_UNITS * torch.finfo(residual.dtype).eps
         fine = size is not None and point.working_is_there and point.loss.x_true.dtype == residual.dtype
@@ -144,6 +147,19 @@ def _residual(point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | N
     return residual, product, unit * (size + point.loss_grad_norm)
 
 
+def unnoticed(point: Point, solution: LinearSolution) -> bool:
+    """Whether the rounding of G and of the residual at a point in the dtype of the data is far below their sizes."""
+    smoothness = point.constants.smoothness
+    if smoothness is None or solution.residual is None or not solution.verified:
+        return False
+    if point.loss.x_true.dtype != solution.q.dtype:  # which would be rounded, too
+        return False
+    unit = SOLVER_UNITS * torch.finfo(solution.q.dtype).eps
+    residual = unit * (smoothness.double() * point.norm(solution.q) + point.loss_grad_norm)
+    fine = (point.rounding <= UNNOTICED * point.measured_grad_norm) & (residual <= UNNOTICED * solution.residual_norm)
+    return bool(fine.all())
+
+
 def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
@@ -151,7 +167,7 @@ def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     if point.columns is None:
         product = point.linearization.mixed_vjp(q)
         return {name: (-product[name] / batch).to(theta[name].dtype) for name in theta}
-    flat = -products(point.columns.double(), q.double()).sum(0) / batch
+    flat = -products(point.columns, q.to(point.columns.dtype)).sum(0) / batch
     pieces = flat.split([p.numel() for p in theta.values()])
     return {name: g.reshape(p.shape).to(p.dtype) for (name, p), g in zip(theta.items(), pieces, strict=True)}
 
@@ -208,9 +224,11 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     local_components = None
     if e.local is not None:
         bounds["local"], local_components = certificates.local(e.local)
-    # J and its product with q are rounded too, and so is the estimate in the dtype of the parameters
+    # J (made of what the gradient is made of) and its product with q are rounded too, and so is the estimate in the
+    # dtype of the parameters
     stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
-    representation = 8 * torch.finfo(e.q.dtype).eps * m.mixed_norm * q_norm + stored * e.norm
+    rounded = 8 * torch.finfo(e.q.dtype).eps * m.mixed_norm + COLUMN_UNITS * point.rounding
+    representation = rounded * q_norm + stored * e.norm
     bounds = {name: replace(b, remainder=b.remainder + representation).without_nan() for name, b in bounds.items()}
     components = None
     if along is not None and along.mixed_components is not None and point.column_norms is not None:
@@ -258,7 +276,7 @@ def _local(
     """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes. A value
     has no use for the columns of J."""
     mu = point.constants.strong_convexity.double()
-    change = point.local_change(q, point.energy_distance.clamp(1e-30, 1e15))
+    change = point.local_change(q, point.energy_distance)
     mixed = point.mixed_dual_norms if gradient else q.new_zeros(len(q), 0).double()
     if change is None or mixed is None:
         return None

@@ -13,7 +13,7 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import Estimate, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
-from bilevel_imaging.hypergradients.refinement import Refiner
+from bilevel_imaging.hypergradients.refinement import MANY_PARAMETERS, Refiner
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
@@ -21,10 +21,10 @@ from bilevel_imaging.tensors import all_finite, as_per_sample, length, norm
 
 CERTIFICATES = ("auto", "classical", "directional", "metric", "local", "polished")
 MAX_CORRECTIONS = 10
-# with a relative goal, the first solves are this much more accurate, relative to ||x|| and ||grad f||
-FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 3e-4, 0.5, 1 / 3
+# with a relative goal, the first solves are as accurate as this times its root, relative to ||x|| and ||grad f||
+FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 1e-4, 0.7, 1 / 3
 # the same, at most, where the parameters are too many for columns of J
-FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY, MANY_PARAMETERS = 3e-6, 1e-3, 64
+FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY = 3e-6, 1e-3
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
@@ -113,7 +113,7 @@ class _Goal:
 
     def aim(self, norm: float) -> float:
         """What solvers are asked for: a little less."""
-        return 0.9 * self.bound(norm)
+        return 0.98 * self.bound(norm)
 
     def shortfall(self, bound: float, norm: float) -> str:
         if self.relative is None:
@@ -213,11 +213,11 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
 def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tuple[Estimate, str]:
     """Refine where the bound is lost until the goal is met; the reason in words if it is not."""
     problem = refiner.problem
-    start = problem.initial() if x0 is None else x0
-    size = norm(start).clamp(min=1e-3)
+    size = norm(problem.initial() if x0 is None else x0)
+    size = torch.where(size > 0, size, 1e-3)
     fraction = 0.1 if goal.relative is None else min(goal.relative, 1.0)
     # even a rough goal needs x where the certificates are nearly linear in its error
-    first_error, first_residual = FIRST_ERROR * min(fraction, 0.1), FIRST_RESIDUAL * fraction**0.5
+    first_error, first_residual = FIRST_ERROR * min(fraction, 0.1) ** 0.5, FIRST_RESIDUAL * fraction**0.5
     if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
         # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
         first_error = min(first_error, FIRST_ERROR_MANY)

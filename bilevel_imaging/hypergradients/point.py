@@ -34,6 +34,8 @@ def lowest_multiple(strong_convexity: Tensor, metric: Metric | None) -> Tensor:
     return strong_convexity if metric is None else torch.maximum(strong_convexity, metric.lowest)
 
 
+# radii of balls on which changes of derivatives are evaluated
+RADII = {torch.float32: (1e-30, 1e15), torch.float64: (1e-100, 1e100)}
 # images whose norms a point keeps: x, G, grad f, q, a residual
 REMEMBERED = 6
 
@@ -138,7 +140,9 @@ class Point:
     @cached_property
     def column_norms(self) -> Tensor | None:
         """``(B, n)`` float64."""
-        return None if self.columns is None else self.columns.flatten(2).double().norm(dim=2)
+        if self.columns is None:
+            return None
+        return norm(self.columns.flatten(0, 1)).double().reshape(self.columns.shape[:2])
 
     @cached_property
     def mixed_norm(self) -> Tensor:
@@ -224,26 +228,34 @@ class Point:
     @cached_property
     def relative_curvature(self) -> Tensor | None:
         """K on the ball where ``energy_distance`` looks for x*, ``(B,)`` float64; ``None`` if not known."""
-        radius = (certificates.TRIAL_FACTOR * self.dual_grad_norm).clamp(1e-30, 1e15)
-        return self.curvature_on(radius)
+        return self.curvature_on(certificates.TRIAL_FACTOR * self.dual_grad_norm)
 
     def curvature_on(self, radius: Tensor) -> Tensor | None:
         """K for ||e||_H <= radius ``(B,)``, evaluated in the dtype of the data and rounded up."""
-        mu, at = self.constants.strong_convexity, self.working
-        dtype = at.grad.dtype
-        curvature = at.relative_curvature(radius.to(dtype), mu.to(dtype))
-        return None if curvature is None else curvature.double() * self._rounded_up
+        mu, at, within = self.constants.strong_convexity, self.working, self._ball(radius)
+        curvature = at.relative_curvature(within, mu.to(within.dtype))
+        return None if curvature is None else self._reached(curvature.double() * self._rounded_up, radius, within)
 
     def local_change(self, q: Tensor, radius: Tensor) -> LocalChange | None:
         """How derivatives change along q for ||e||_H <= radius ``(B,)``, likewise."""
-        mu, at = self.constants.strong_convexity, self.working
-        dtype = at.grad.dtype
+        mu, at, within = self.constants.strong_convexity, self.working, self._ball(radius)
         scale, direction = self.direction(q)
-        change = at.local_change(direction, radius.to(dtype), mu.to(dtype))
+        change = at.local_change(direction, within, mu.to(within.dtype))
         if change is None:
             return None
         up = scale.double() * self._rounded_up
-        return LocalChange(change.hessian * up, change.slopes, change.energy * up)
+        hessian = self._reached(change.hessian * up, radius, within)
+        return LocalChange(hessian, change.slopes, change.energy * up)
+
+    def _ball(self, radius: Tensor) -> Tensor:
+        """The radius as a number whose powers can be represented in the dtype of the data, if it can be enlarged."""
+        dtype = self.working.grad.dtype
+        return radius.clamp(*RADII[dtype]).to(dtype)
+
+    @staticmethod
+    def _reached(bound: Tensor, radius: Tensor, within: Tensor) -> Tensor:
+        """inf where the ball had to be made smaller."""
+        return torch.where(radius * (1 - 1e-6) <= within.double(), bound, torch.inf)
 
     def direction(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Powers of two s ``(B,)`` and q / s in the dtype of the data: what is homogeneous in q is evaluated there, and

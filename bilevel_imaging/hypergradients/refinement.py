@@ -11,7 +11,14 @@ from torch import Tensor
 from bilevel_imaging import certificates
 from bilevel_imaging.certificates import LocalMeasurements
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, adjoint_gradient, estimate, forecast
+from bilevel_imaging.hypergradients.evaluation import (
+    ENERGY_SLACK,
+    Estimate,
+    adjoint_gradient,
+    estimate,
+    forecast,
+    unnoticed,
+)
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
@@ -24,10 +31,12 @@ LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
 # adjoint's
 LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
 # of what the lower level leaves of the goal, the part that the adjoint is aimed at
-ADJOINT_SHARE, LEAST_SHARE = 0.85, 0.2
+ADJOINT_SHARE, LEAST_SHARE = 0.97, 0.2
 # curvature times distance from which the local certificate is nearly linear in the distance, and from which Newton's
 # method is expected to get there at once
 NEAR, REACH = 0.2, 10.0
+# parameters up to which the columns of J are expected to be at hand
+MANY_PARAMETERS = 64
 # Newton steps before the first evaluation, at most
 MAX_FIRST_STEPS = 2
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
@@ -78,16 +87,32 @@ class Refiner:
         as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
+        few = sum(p.numel() for p in self.problem.theta.values()) <= MANY_PARAMETERS
+        if self.plain and few and aim is None and self.exact is not self.problem:
+            return self._plainly(q0, residual_tol)
         point = start = self.point(self.lower_solution.x)
         if aim is not None and point.columns is None:
             point = self._nearer(point)
         rhs = self.loss.grad(self.lower_solution.x) if point is start else point.loss_grad.to(self.problem.dtype)
         residual_tol = residual_tol * norm(rhs) if relative else residual_tol
-        self.linear_solution = self.linear.solve(point.working, rhs, residual_tol, q0=q0)
+        solve = self.linear.solve if aim is None else self.linear.begin
+        self.linear_solution = solve(point.working, rhs, residual_tol, q0=q0)
         if aim is not None:
             point = self._aimed(point, rhs, aim)
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
+
+    def _plainly(self, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
+        """The adjoint and the classical certificate, in the dtype of the data if its rounding is not noticed there."""
+        x = self.lower_solution.x
+        point = Point(self.problem, self.loss, x, failures=self.failures, plain=True)
+        at, solution = point.working, self.linear.solve(point.working, point.loss_grad, residual_tol, q0=q0)
+        self.linear_solution = solution
+        if not unnoticed(point, solution) or point.columns is None:
+            dtype = self.exact.dtype
+            point = Point(self.exact, self.loss, x.to(dtype), at, True, failures=self.failures, plain=True)
+        result = self._estimate(point, solution.q.to(point.x.dtype), solution)
+        return self._resumable(result, solution)
 
     def _nearer(self, point: Point) -> Point:
         """Newton steps to where the local certificate is valid, if that is not far: without columns of J the others
@@ -153,7 +178,7 @@ class Refiner:
             return None
         residual = step.residual.to(old.x.dtype)
         length = inner(new.x - old.x, -old.gradient - residual).double().clamp(min=0).sqrt() * (1 + 1e-6)
-        curvature = old.curvature_on(length.clamp(1e-30, 1e15))
+        curvature = old.curvature_on(length)
         if curvature is None:
             return None
         kappa = curvature * length
@@ -273,7 +298,7 @@ class Refiner:
     @staticmethod
     def _in_reach(point: Point) -> bool:
         """Whether Newton steps should soon make the local certificate valid, where it is not."""
-        curvature = point.curvature_on(torch.full_like(point.dual_grad_norm, 1e-30))
+        curvature = point.curvature_on(torch.zeros_like(point.dual_grad_norm))
         return bool((curvature * point.dual_grad_norm < REACH).all())
 
     @staticmethod
@@ -281,7 +306,7 @@ class Refiner:
         """||G||_{H^-1} at which the local bound meets its share of the goal, and that bound per ||r||_{H^-1}."""
         hessian, energy, curvature = m.hessian, m.adjoint_energy, m.curvature
         if not bool(m.valid.all()):  # the constants on a smaller ball, where the point will be
-            radius = torch.full_like(m.strong_convexity, 1e-30)
+            radius = torch.zeros_like(m.strong_convexity)
             change, curvature = point.local_change(q, radius), point.curvature_on(radius)
             hessian, energy = change.hessian, change.energy
         size = m.mixed_norms.norm(dim=1)

@@ -131,7 +131,8 @@ class IterativeSolver(LinearSolver):
         scale = units(norm(rhs), rhs)
         systems = start(operator, rhs.detach(), q0, tol, scale)
         memory = self._run(operator, systems, limit, None, check=check, fresh=q0 is None)
-        return _solution(systems, scale, tol, q0, memory)
+        solution = _solution(systems, scale, tol, q0, memory)
+        return solution if check or self.residual_is_true else replace(solution, verified=False)
 
     @torch.no_grad()
     def resume(
@@ -146,7 +147,8 @@ class IterativeSolver(LinearSolver):
         systems = resumed(rhs.detach(), previous, tol, scale)
         memory = self._run(operator, systems, self.max_iter, previous.memory, check=True)
         solution = _solution(systems, scale, tol, previous.q, memory)
-        return replace(solution, iterations=solution.iterations + previous.iterations)
+        verified = previous.verified or bool((solution.iterations > 0).all())
+        return replace(solution, iterations=solution.iterations + previous.iterations, verified=verified)
 
     def _run(
         self,

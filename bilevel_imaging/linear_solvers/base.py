@@ -12,7 +12,8 @@ from bilevel_imaging.derivatives import Linearization
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSolution:
-    """Evidence of a linear solve; residuals are recomputed from the returned q, not taken from the recursion.
+    """Evidence of a linear solve; residuals are recomputed from the returned q, not taken from the recursion, unless a
+    solution says otherwise.
 
     Attributes:
         q: ``(B, *image)``.
@@ -24,6 +25,7 @@ class LinearSolution:
         residual: b - H q as the solver knows it, ``(B, *image)``; ``None`` from solvers that bound no energy norm.
         energy_norm: bound of ||residual||_{H^-1}, ``(B,)``, where the solver has one (see ``ConjugateGradient``); inf
             where it is not known.
+        verified: False for the residual of a recursion, which drifts; only what goes on with a solve asks for that.
         memory: what the solver needs to go on where it stopped; opaque.
     """
 
@@ -34,6 +36,7 @@ class LinearSolution:
     reason: tuple[str, ...]
     residual: Tensor | None = None
     energy_norm: Tensor | None = None
+    verified: bool = True
     memory: dict[str, Tensor] | None = field(default=None, repr=False)
 
 
@@ -62,6 +65,17 @@ class LinearSolver(abc.ABC):
         Raises:
             ValueError: wrong shapes or dtypes, negative or NaN tolerances.
         """
+
+    def begin(
+        self,
+        linearization: Linearization,
+        rhs: Tensor,
+        residual_tol: float | Tensor,
+        *,
+        q0: Tensor | None = None,
+    ) -> LinearSolution:
+        """``solve`` by someone who means to ``resume``: a solver may leave the check of the residual to that."""
+        return self.solve(linearization, rhs, residual_tol, q0=q0)
 
     def resume(
         self, linearization: Linearization, rhs: Tensor, previous: LinearSolution, residual_tol: float | Tensor

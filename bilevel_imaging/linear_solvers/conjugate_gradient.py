@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging import native
+from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.kernels import fusable
 from bilevel_imaging.linear_solvers._iteration import IterativeSolver, Recurrence
 from bilevel_imaging.linear_solvers._systems import INDEFINITE, NOT_FINITE, Operator, PreconditionerChoice, Systems
+from bilevel_imaging.linear_solvers.base import LinearSolution
 from bilevel_imaging.tensors import inner, per_sample
 
 # mu enters the recursion reduced by this factor, and is trusted while rounding (eps * L) is below a small part of it:
@@ -176,3 +178,13 @@ class ConjugateGradient(IterativeSolver):
 
     def __init__(self, *, max_iter: int = 2000, preconditioner: PreconditionerChoice = None):
         super().__init__(max_iter=max_iter, preconditioner=preconditioner)
+
+    def begin(
+        self,
+        linearization: Linearization,
+        rhs: Tensor,
+        residual_tol: float | Tensor,
+        *,
+        q0: Tensor | None = None,
+    ) -> LinearSolution:
+        return self._solve(linearization, rhs, residual_tol, q0=q0, check=False)

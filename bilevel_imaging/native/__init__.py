@@ -26,9 +26,10 @@ from bilevel_imaging.native.total_variation import (
     relative_change,
     slopes,
     smoothing_column,
+    split_energies,
     unit_squares,
 )
-from bilevel_imaging.native.updates import advance, inner, largest
+from bilevel_imaging.native.updates import advance, inner, largest, products
 
 __all__ = [
     "MOST_CLASSES",
@@ -56,12 +57,14 @@ __all__ = [
     "model_field",
     "native_kernels",
     "primal_dual",
+    "products",
     "relative_change",
     "separable",
     "serves",
     "slope",
     "slopes",
     "smoothing_column",
+    "split_energies",
     "spline_sums",
     "total",
     "unit_squares",

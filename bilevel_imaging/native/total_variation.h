@@ -418,6 +418,53 @@ void NAME(tv_smoothing_column)(
     }
 }
 
+/* Squares of bounds of ||J_j||_{H^-1}, j the weight and the smoothing, for H >= mu I + D^T W D: the field f of J_j = D^T f
+   is split into theta f, measured by W^-1, and the rest, whose D^T is measured by 1 / mu. theta makes pixel by pixel
+   theta^2 <f, W^-1 f> + (1 - theta)^2 2 |f|^2 / mu smallest, and is the same for both. */
+void NAME(tv_split)(
+    const REAL *unit, int64_t apart, const REAL *reciprocal, REAL weight, REAL smoothing, const double *convexities,
+    double *weight_square, double *smoothing_square, int64_t count, int64_t rows, int64_t height, int64_t width,
+    int threads
+) {
+    const REAL nu2 = smoothing * smoothing;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count > 1)
+    for (int64_t i = 0; i < count; i++) {
+        REAL *work = malloc(6 * width * sizeof(REAL)), *right_w = work, *right_s = work + width;
+        const REAL twice = (REAL)(2 / convexities[i]);
+        double inside_w = 0, inside_s = 0, rest_w = 0, rest_s = 0;
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t at = (i * rows + row) * width;
+            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
+            REAL *restrict down_w = work + (2 + (row & 1)) * width, *restrict above_w = work + (3 - (row & 1)) * width;
+            REAL *restrict down_s = down_w + 2 * width, *restrict above_s = above_w + 2 * width;
+            if (row % height == 0) memset(above_w, 0, width * sizeof(REAL)), memset(above_s, 0, width * sizeof(REAL));
+            REAL energy_w = 0, energy_s = 0, square_w = 0, square_s = 0;
+#pragma omp simd reduction(+ : energy_w, energy_s)
+            for (int64_t j = 0; j < width; j++) {
+                const REAL one = inverse[j], length = n0[j] * n0[j] + n1[j] * n1[j], stiff = weight * nu2 * one * one * one;
+                const REAL ratio = twice * stiff, rest = 1 / (1 + ratio), theta = ratio * rest;
+                energy_w += theta * theta * length * weight * weight / stiff;
+                energy_s += theta * theta * length * weight * nu2 * one;
+                const REAL f = weight * rest, h = f * nu2 * one * one;
+                right_w[j] = f * n0[j], down_w[j] = f * n1[j];
+                right_s[j] = h * n0[j], down_s[j] = h * n1[j];
+            }
+#pragma omp simd reduction(+ : square_w, square_s)
+            for (int64_t j = 1; j < width; j++) {
+                const REAL w = right_w[j - 1] - right_w[j] + above_w[j] - down_w[j];
+                const REAL s = right_s[j - 1] - right_s[j] + above_s[j] - down_s[j];
+                square_w += w * w, square_s += s * s;
+            }
+            const REAL w = above_w[0] - right_w[0] - down_w[0], s = above_s[0] - right_s[0] - down_s[0];
+            inside_w += energy_w, inside_s += energy_s;
+            rest_w += square_w + w * w, rest_s += square_s + s * s;
+        }
+        weight_square[i] = inside_w + rest_w / convexities[i];
+        smoothing_square[i] = inside_s + rest_s / convexities[i];
+        free(work);
+    }
+}
+
 /* square / (square + floor), also where that overflows. */
 static inline REAL NAME(fraction)(REAL square, REAL floor) {
     const REAL whole = square + floor;

@@ -135,6 +135,28 @@ def smoothing_column(
     return sums[0], sums[1]
 
 
+def split_energies(
+    unit: Tensor, reciprocal: Tensor, weight: float, smoothing: float, strong_convexity: Tensor
+) -> Tensor:
+    """Squares of bounds of ||J_j||_{H^-1} for the columns of log weight and log smoothing, float64 ``(2, B)``; see
+    ``TotalVariationLinearization.split_energy_norms``."""
+    unit, reciprocal = unit.contiguous(), reciprocal.contiguous()
+    batch, channels, height, width = unit.shape[1:]
+    squares = torch.empty((2, batch), dtype=torch.float64)
+    kernel = function("tv_split", unit.dtype)
+    kernel(
+        pointer(unit),
+        *integers(unit.stride(0)),
+        pointer(reciprocal),
+        *reals(unit.dtype, weight, smoothing),
+        pointer(strong_convexity.double().contiguous()),
+        *(pointer(row) for row in squares),
+        *integers(batch, channels * height, height, width),
+        threads(),
+    )
+    return squares
+
+
 @dataclass(frozen=True)
 class Slopes:
     """Euclidean bounds along q, of TV with weight 1; all ``(B,)`` float64.

@@ -76,6 +76,25 @@ void NAME(inner)(const REAL *u, const REAL *v, double *products, int64_t count, 
     free(sums);
 }
 
+/* Inner products of the `n` images a and the `m` images b of each of `count` samples, n x m numbers for each. */
+void NAME(products)(
+    const REAL *a, const REAL *b, double *products, int64_t count, int64_t n, int64_t m, int64_t size, int threads
+) {
+    const int64_t blocks = (size + BLOCK - 1) / BLOCK, pairs = n * m;
+    double *sums = malloc(count * blocks * pairs * sizeof(double));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t block = 0; block < count * blocks; block++) {
+        const int64_t sample = block / blocks, start = block % blocks * BLOCK;
+        const int64_t part = start + BLOCK < size ? BLOCK : size - start;
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t k = 0; k < m; k++)
+                sums[(sample * pairs + j * m + k) * blocks + block % blocks] =
+                    NAME(dot)(a + (sample * n + j) * size + start, b + (sample * m + k) * size + start, part);
+    }
+    for (int64_t i = 0; i < count * pairs; i++) products[i] = sum(sums + i * blocks, blocks);
+    free(sums);
+}
+
 static REAL NAME(most)(const REAL *v, int64_t n) {
     REAL most = 0;
     int64_t bad = 0;

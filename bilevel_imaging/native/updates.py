@@ -18,6 +18,15 @@ def inner(u: Tensor, v: Tensor) -> Tensor:
     return products
 
 
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """<a_ij, b_ik> for contiguous a ``(B, n, *image)`` and b ``(B, m, *image)``, float64 ``(B, n, m)``."""
+    batch, n, m = len(a), a.shape[1], b.shape[1]
+    out = torch.empty((batch, n, m), dtype=torch.float64)
+    sizes = integers(batch, n, m, a[0, 0].numel())
+    function("products", a.dtype)(pointer(a), pointer(b), pointer(out), *sizes, threads())
+    return out
+
+
 def largest(v: Tensor) -> Tensor:
     """max |v_i| for contiguous v ``(B, *image)``, ``(B,)``; NaN where there is one."""
     sizes = v.new_empty(len(v))

@@ -118,7 +118,7 @@ class TotalVariation(Regularizer):
     def _constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         weight, smoothing = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
         norm2 = squared_operator_norm(shape[-2], shape[-1])
-        roots = math.prod(shape[1:]) * (1 if self.isotropic else 2) / (shape[1] if self.couple_channels else 1)
+        roots = self._roots(shape)
         lipschitz = weight * norm2 / smoothing  # of both columns: sup phi'' = Lip(d phi'/d log nu) = 1/nu
         columns = int(self.log_weight.requires_grad) + int(self.log_smoothing.requires_grad)
         sizes = [1.0] * self.log_weight.requires_grad + [X1] * self.log_smoothing.requires_grad
@@ -131,6 +131,10 @@ class TotalVariation(Regularizer):
         )
         device = self.log_weight.device
         return Constants(*(torch.full((shape[0],), b, dtype=torch.float64, device=device) for b in bounds))
+
+    def _roots(self, shape: torch.Size | tuple[int, ...]) -> float:
+        """Their number per image."""
+        return math.prod(shape[1:]) * (1 if self.isotropic else 2) / (shape[1] if self.couple_channels else 1)
 
     @property
     def is_plain(self) -> bool:
@@ -151,3 +155,8 @@ class TotalVariation(Regularizer):
             n = z / (self._group(z * z) + smoothing * smoothing).sqrt()
             size = n.transpose(0, 1).double().flatten(1).norm(dim=1)
             return weight.double() * math.sqrt(8) * size
+
+    def coarse_gradient_scale(self, x: Tensor) -> Tensor:
+        """No unit vector is longer than 1."""
+        size = self.log_weight.detach().double().exp() * math.sqrt(8 * self._roots(x.shape))
+        return size.to(x.device).expand(x.shape[0])

@@ -258,6 +258,27 @@ class TotalVariationLinearization(Linearization):
         sums = [(self.weight.double() * t.transpose(0, 1).flatten(1).sum(1)).sqrt() * (1 + 1e-4) for t in terms]
         return torch.stack(sums, 1) if sums else self.grad.new_zeros((self.shape[0], 0), dtype=torch.float64)
 
+    def split_energy_norms(self, strong_convexity: Tensor) -> Tensor:
+        """H >= mu I + D^T W D, W = weight D^2 phi, hence ||D^T (f + h)||_{H^-1}^2 <= <f, W^-1 f> + ||D^T h||^2 / mu.
+        The columns are D^T of fields along z, where W is weight nu^2 / s^3: f is what lies where W is large."""
+        trainable, mu = self.regularizer.trainable(), strong_convexity.double()
+        if self._is_native(self.unit):
+            weight, nu = float(self.weight), float(self.smoothing)
+            squares = native.split_energies(self.unit, self.reciprocal, weight, nu, mu)
+        else:
+            r, nu, weight = self.reciprocal.double(), self.smoothing.double(), self.weight.double()
+            stiff, shape = weight * nu**2 * r**3, (1, -1, *([1] * (r.dim() - 2)))
+            ratio = 2 * stiff / mu.reshape(shape)
+            theta, rest = ratio / (1 + ratio), 1 / (1 + ratio)
+            columns = []
+            for field in (weight * self.unit.double(), weight * (nu * r) ** 2 * self.unit.double()):
+                inside = (theta * field).square() / stiff
+                outside = differences_adjoint((rest * field).expand_as(self.unit))
+                columns.append(inside.transpose(0, 1).flatten(1).sum(1) + outside.flatten(1).square().sum(1) / mu)
+            squares = torch.stack(columns)
+        chosen = [j for j, name in enumerate(("log_weight", "log_smoothing")) if name in trainable]
+        return squares[chosen].T.nan_to_num(nan=torch.inf).sqrt() * (1 + 1e-4)
+
     def _group_double(self, z: Tensor) -> Tensor:
         return self.regularizer._group(z.double().square())
 
