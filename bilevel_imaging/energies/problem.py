@@ -103,9 +103,10 @@ class LowerLevelProblem(abc.ABC):
         """A bound of the rounding error in ``grad(x)``, ``(B,)``: the coarse one where it is negligible beside ``size``
         ``(B,)``."""
         coarse = self.coarse_gradient_rounding(x)
-        if coarse is not None and bool((coarse <= NEGLIGIBLE * size).all()):
-            return coarse
-        return self.gradient_rounding(x)
+        if coarse is None:
+            return self.gradient_rounding(x)
+        enough = coarse <= NEGLIGIBLE * size
+        return coarse if bool(enough.all()) else torch.where(enough, coarse, self.gradient_rounding(x))
 
     def metric(self) -> Metric | None:
         """A matrix below every Hessian that is cheap to invert, or ``None``."""

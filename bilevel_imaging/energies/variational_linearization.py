@@ -167,10 +167,9 @@ class VariationalLinearization(Linearization):
             norms = norms.clone()
             norms[:, weight] = torch.minimum(norms[:, weight], split)
         sizes = norm(columns.flatten(0, 1)).double().reshape(norms.shape)
-        if bool((sizes <= WORTH * mu.sqrt().unsqueeze(1) * norms).any(1).all()):
-            others = self.inside.split_energy_norms(mu)
-            norms = norms if others is None else torch.minimum(norms, others)
-        return norms
+        worth = (sizes <= WORTH * mu.sqrt().unsqueeze(1) * norms).any(1, keepdim=True)
+        others = self.inside.split_energy_norms(mu) if bool(worth.any()) else None
+        return norms if others is None else torch.where(worth, torch.minimum(norms, others), norms)
 
     def subset(self, index: Tensor) -> Linearization | None:
         inside, problem = self.inside.subset(index), self.problem.subset(index)
