@@ -16,7 +16,8 @@ from bilevel_imaging.tensors import entries, inner, length, norm, products
 
 # relative rounding of the coefficients from which an energy norm was computed
 ENERGY_SLACK = 1e-2
-# curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
+# curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones; part of a
+# classical bound, a hundred times too large anyway, that rounding may be
 SMALL = 0.1
 # rounding of a residual that a solver measured in its own dtype, in units of the last place of ||H|| ||q|| + ||grad f||
 # and the part of the residual below which that does
@@ -126,9 +127,11 @@ def estimate(
     return _certify(partial, q_norm, measured, along) if gradient else partial
 
 
-def _residual(point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | None) -> tuple[Tensor, Tensor, Tensor]:
-    """grad f - H q, H q, and a bound of the rounding of both, ``(B,)``: by a product, unless the solver has measured it
-    in the dtype of the evaluation, or in its own one and far above the rounding there."""
+def _residual(
+    point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """grad f - H q, H q where it is used, and a bound of the rounding of both, ``(B,)``: by a product, unless the
+    solver has measured it in the dtype of the evaluation, or in its own one and far above the rounding there."""
     smoothness, units = point.constants.smoothness, 8 if q.dtype == torch.float64 else SOLVER_UNITS
     unit = units * torch.finfo(q.dtype).eps
     size = None if smoothness is None else smoothness.double() * q_norm
@@ -142,21 +145,25 @@ def _residual(point: Point, q: Tensor, q_norm: Tensor, known: LinearSolution | N
         product = point.linearization.hvp(q)
         residual = point.loss_grad - product
     else:
-        product = point.loss_grad - residual
+        product = None if point.plain and size is not None else point.loss_grad - residual
     size = 10 * norm(product).double() if size is None else size
     return residual, product, unit * (size + point.loss_grad_norm)
 
 
+def residual_rounding(dtype: torch.dtype, smoothness: Tensor, q_norm: Tensor, loss_grad_norm: Tensor) -> Tensor:
+    """Bound of the rounding of a residual that a solver measured in its own dtype, ``(B,)`` float64."""
+    return SOLVER_UNITS * torch.finfo(dtype).eps * (smoothness.double() * q_norm + loss_grad_norm)
+
+
 def unnoticed(point: Point, solution: LinearSolution) -> bool:
-    """Whether the rounding of G and of the residual at a point in the dtype of the data is far below their sizes."""
+    """Whether the rounding of G and of the residual at a point in the dtype of the data is small beside them."""
     smoothness = point.constants.smoothness
     if smoothness is None or solution.residual is None or not solution.verified:
         return False
     if point.loss.x_true.dtype != solution.q.dtype:  # which would be rounded, too
         return False
-    unit = SOLVER_UNITS * torch.finfo(solution.q.dtype).eps
-    residual = unit * (smoothness.double() * point.norm(solution.q) + point.loss_grad_norm)
-    fine = (point.rounding <= UNNOTICED * point.measured_grad_norm) & (residual <= UNNOTICED * solution.residual_norm)
+    residual = residual_rounding(solution.q.dtype, smoothness, point.norm(solution.q), point.loss_grad_norm)
+    fine = (point.rounding <= SMALL * point.measured_grad_norm) & (residual <= SMALL * solution.residual_norm)
     return bool(fine.all())
 
 

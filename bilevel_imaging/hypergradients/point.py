@@ -64,7 +64,7 @@ class Point:
         self.problem, self.loss, self.x = problem, loss, x
         self.linearization = problem.linearize(x)
         self.working = self.linearization if working is None else working
-        self.working_is_there = working_is_there
+        self.working_is_there = working is None or working_is_there
         self.plain = plain
         self.constants = self.linearization.constants
         self.gradient = self.linearization.grad

@@ -13,10 +13,12 @@ from bilevel_imaging.certificates import LocalMeasurements
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import (
     ENERGY_SLACK,
+    SMALL,
     Estimate,
     adjoint_gradient,
     estimate,
     forecast,
+    residual_rounding,
     unnoticed,
 )
 from bilevel_imaging.hypergradients.loss import LossOracle
@@ -87,8 +89,7 @@ class Refiner:
         as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
-        few = sum(p.numel() for p in self.problem.theta.values()) <= MANY_PARAMETERS
-        if self.plain and few and aim is None and self.exact is not self.problem:
+        if aim is None and self._plain_will_do(residual_tol):
             return self._plainly(q0, residual_tol)
         point = start = self.point(self.lower_solution.x)
         if aim is not None and point.columns is None:
@@ -101,6 +102,15 @@ class Refiner:
             point = self._aimed(point, rhs, aim)
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
+
+    def _plain_will_do(self, residual_tol: Tensor | float) -> bool:
+        """Whether the classical certificate can be expected not to notice the rounding of float32 data."""
+        few = sum(p.numel() for p in self.problem.theta.values()) <= MANY_PARAMETERS
+        smoothness = self.problem.constants().smoothness
+        if not (self.plain and few) or self.exact is self.problem or smoothness is None:
+            return False
+        size = norm(self.loss.grad(self.lower_solution.x)).double()
+        return not bool((residual_rounding(self.problem.dtype, smoothness, size, size) > SMALL * residual_tol).any())
 
     def _plainly(self, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
         """The adjoint and the classical certificate, in the dtype of the data if its rounding is not noticed there."""

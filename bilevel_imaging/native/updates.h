@@ -86,10 +86,13 @@ void NAME(products)(
     for (int64_t block = 0; block < count * blocks; block++) {
         const int64_t sample = block / blocks, start = block % blocks * BLOCK;
         const int64_t part = start + BLOCK < size ? BLOCK : size - start;
+        double *own = sums + sample * pairs * blocks + block % blocks;
         for (int64_t j = 0; j < n; j++)
-            for (int64_t k = 0; k < m; k++)
-                sums[(sample * pairs + j * m + k) * blocks + block % blocks] =
-                    NAME(dot)(a + (sample * n + j) * size + start, b + (sample * m + k) * size + start, part);
+            for (int64_t k = 0; k < m; k++) /* products of an image's columns with themselves are symmetric */
+                own[(j * m + k) * blocks] =
+                    a == b && k < j
+                        ? own[(k * m + j) * blocks]
+                        : NAME(dot)(a + (sample * n + j) * size + start, b + (sample * m + k) * size + start, part);
     }
     for (int64_t i = 0; i < count * pairs; i++) products[i] = sum(sums + i * blocks, blocks);
     free(sums);

@@ -263,8 +263,8 @@ class TotalVariationLinearization(Linearization):
         The columns are D^T of fields along z, where W is weight nu^2 / s^3: f is what lies where W is large."""
         trainable, mu = self.regularizer.trainable(), strong_convexity.double()
         if self._is_native(self.unit):
-            weight, nu = float(self.weight), float(self.smoothing)
-            squares = native.split_energies(self.unit, self.reciprocal, weight, nu, mu)
+            numbers = float(self.weight), float(self.smoothing)
+            squares = native.split_energies(self.unit, self.reciprocal, *numbers, mu)
         else:
             r, nu, weight = self.reciprocal.double(), self.smoothing.double(), self.weight.double()
             stiff, shape = weight * nu**2 * r**3, (1, -1, *([1] * (r.dim() - 2)))
