@@ -111,6 +111,27 @@ void NAME(stencil_product)(
     }
 }
 
+/* r -= alpha z; returns ||r||^2. */
+static REAL NAME(reduce)(REAL *restrict r, const REAL *restrict z, REAL alpha, int64_t n) {
+    REAL square = 0;
+    for (int64_t j = 0; j < n; j++) {
+        r[j] -= alpha * z[j];
+        square += r[j] * r[j];
+    }
+    return square;
+}
+
+/* q += alpha p, p = r + beta p. */
+static void NAME(move_and_turn)(
+    REAL *restrict q, REAL *restrict p, const REAL *restrict r, REAL alpha, REAL beta, int64_t n
+) {
+    for (int64_t j = 0; j < n; j++) {
+        const REAL old = p[j];
+        q[j] += alpha * old;
+        p[j] = r[j] + beta * old;
+    }
+}
+
 /* State of one system's conjugate gradients, read and written. `rz` = ||r||^2; `radau` and `lowest` are those of the
    Gauss-Radau bound of the energy norm (NaN: none). */
 typedef struct {
@@ -128,18 +149,19 @@ static void NAME(solve_one)(
     double *curvatures = sums, *squares = sums + s->rows;
     NAME(Progress) now = *shared;
     wait_for_team(team); /* everybody has read it */
-    REAL beta = 0;
-    int pending = 0; /* p = r + beta p is put off until the next product, which passes over p anyway */
+    REAL alpha = 0, beta = 0;
+    int pending = 0; /* q += alpha p and p = r + beta p are put off until the next product, which passes over p anyway */
     while (now.status == RUNNING && now.iterations < max_iter && now.residual > now.target && isfinite(now.residual)) {
         if (pending && (team > 1 || s->convolution.filters)) { /* other rows are needed than the next one */
-            NAME(turn)(p + from * w, r + from * w, beta, (to - from) * w);
+            NAME(move_and_turn)(q + from * w, p + from * w, r + from * w, alpha, beta, (to - from) * w);
             pending = 0;
             wait_for_team(team);
         }
-        if (pending && from < to) NAME(turn)(p + from * w, r + from * w, beta, w);
+        if (pending && from < to) NAME(move_and_turn)(q + from * w, p + from * w, r + from * w, alpha, beta, w);
         if (from < to && from > 0) NAME(vertical)(s, p, from - 1, work, work + w);
         for (int64_t row = from; row < to; row++) {
-            if (pending && row + 1 < to) NAME(turn)(p + (row + 1) * w, r + (row + 1) * w, beta, w);
+            const int64_t next = (row + 1) * w;
+            if (pending && row + 1 < to) NAME(move_and_turn)(q + next, p + next, r + next, alpha, beta, w);
             curvatures[row] = NAME(row_product)(s, p, row, z, work, work + w);
         }
         pending = 0;
@@ -151,9 +173,8 @@ static void NAME(solve_one)(
             break;
         }
         const double step = now.rz / curvature;
-        const REAL alpha = (REAL)step;
-        for (int64_t row = from; row < to; row++)
-            squares[row] = NAME(move)(q + row * w, r + row * w, p + row * w, z + row * w, alpha, w);
+        alpha = (REAL)step;
+        for (int64_t row = from; row < to; row++) squares[row] = NAME(reduce)(r + row * w, z + row * w, alpha, w);
         wait_for_team(team);
         const double square = sum(squares, s->rows), ratio = square / now.rz;
         beta = (REAL)ratio;
@@ -166,7 +187,7 @@ static void NAME(solve_one)(
         now.energy = sqrt(now.radau * square);
         if (isnan(now.energy)) now.energy = INFINITY;
     }
-    if (pending) NAME(turn)(p + from * w, r + from * w, beta, (to - from) * w);
+    if (pending) NAME(move_and_turn)(q + from * w, p + from * w, r + from * w, alpha, beta, (to - from) * w);
     if (now.status == RUNNING) {
         if (!isfinite(now.residual)) now.status = NOT_FINITE;
         else if (now.residual <= now.target) now.status = DONE;
