@@ -154,7 +154,8 @@ class VariationalLinearization(Linearization):
 
     def _regularizer_energy_norms(self) -> Tensor | None:
         """The regularizer's own, or for the weight, whose column is grad R = grad g - (A^T W (Ax - y) + ridge x):
-        the second term is B^T u with B^T B <= H, and ||B^T u||_{H^-1} <= ||u||."""
+        the second term is B^T u with B^T B <= H, and ||B^T u||_{H^-1} <= ||u||. Where mu helps, a part is measured by
+        that."""
         norms, columns = self.inside.mixed_energy_norms(), self._regularizer_columns
         if norms is None or columns is None or norms.shape[1] == 0:
             return norms

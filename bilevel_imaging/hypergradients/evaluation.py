@@ -16,12 +16,13 @@ from bilevel_imaging.tensors import entries, inner, length, norm, products
 
 # relative rounding of the coefficients from which an energy norm was computed
 ENERGY_SLACK = 1e-2
-# curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones; part of a
-# classical bound, a hundred times too large anyway, that rounding may be
+# curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
 SMALL = 0.1
 # rounding of a residual that a solver measured in its own dtype, in units of the last place of ||H|| ||q|| + ||grad f||
 # and the part of the residual below which that does
 SOLVER_UNITS, UNNOTICED = 32, 1e-2
+# part of G and of the residual that rounding may be in a classical bound, which is a hundred times too large anyway
+PLAINLY = 0.1
 # rounding of J beside that of the gradient
 COLUMN_UNITS = 4
 # part of a bound below which a simpler one will do
@@ -163,7 +164,7 @@ def unnoticed(point: Point, solution: LinearSolution) -> bool:
     if point.loss.x_true.dtype != solution.q.dtype:  # which would be rounded, too
         return False
     residual = residual_rounding(solution.q.dtype, smoothness, point.norm(solution.q), point.loss_grad_norm)
-    fine = (point.rounding <= SMALL * point.measured_grad_norm) & (residual <= SMALL * solution.residual_norm)
+    fine = (point.rounding <= PLAINLY * point.measured_grad_norm) & (residual <= PLAINLY * solution.residual_norm)
     return bool(fine.all())
 
 

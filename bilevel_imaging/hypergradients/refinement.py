@@ -13,7 +13,7 @@ from bilevel_imaging.certificates import LocalMeasurements
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import (
     ENERGY_SLACK,
-    SMALL,
+    PLAINLY,
     Estimate,
     adjoint_gradient,
     estimate,
@@ -110,7 +110,7 @@ class Refiner:
         if not (self.plain and few) or self.exact is self.problem or smoothness is None:
             return False
         size = norm(self.loss.grad(self.lower_solution.x)).double()
-        return not bool((residual_rounding(self.problem.dtype, smoothness, size, size) > SMALL * residual_tol).any())
+        return not bool((residual_rounding(self.problem.dtype, smoothness, size, size) > PLAINLY * residual_tol).any())
 
     def _plainly(self, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
         """The adjoint and the classical certificate, in the dtype of the data if its rounding is not noticed there."""
