@@ -24,6 +24,14 @@ FOUND = Setting(
     max_iter=1, spread=0.5, seed=187536,
 )  # fmt: skip
 
+# polishing with a solver that is cut off ended with a larger bound than it had begun with, and missed the goal silently
+WORSENED = Setting(
+    regularizer="scaled_sum", physics="denoising", lower="newton_cg", linear="heavy_ball", certificate="polished",
+    mode="relative", error_tol=6.4e-6, residual_tol=6.3e-8, relative=0.0066629584033309815, dtype="float64",
+    parameters="float32", batch=1, channels=3, size=(5, 6), weight=71.51909194340863, smoothing=0.10189629488412953,
+    ridge=0.0013623493717017405, kind="ramp", max_iter=150, spread=0.0, seed=204855,
+)  # fmt: skip
+
 
 def distance(a, b) -> float:
     return float(np.linalg.norm((a - b).astype(float)))
@@ -124,3 +132,7 @@ def test_filters_of_float32_parameters():
         assert torch.equal(low.kernels(), high.kernels())
         assert torch.equal(low.constants((1, 1, 8, 8)).smoothness, high.constants((1, 1, 8, 8)).smoothness)
         assert low.kernel_sensitivity() == high.kernel_sensitivity()
+
+
+def test_polishing_never_ends_with_a_larger_bound():
+    assert run(WORSENED).violations == []

@@ -188,6 +188,7 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
         return only, only
     names = _available(first, names)
     current, bound = first, _total(first, names)
+    first_bound = bound
     answer, goal = None, min(POLISHED_RELATIVE * first.norm, POLISHED_SHARE * bound)
     for _ in range(MAX_CORRECTIONS):
         better = refiner.improve(current, goal, newton=True, names=names)
@@ -207,6 +208,8 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
             goal = min(VERIFYING_STEP * bound, 0.8 * VERIFIED_SHARE * _distance(current, answer))
         if not improved:
             break
+    if bound > first_bound:  # solvers that are cut off may have nothing to add
+        return first, first
     return current, current
 
 
