@@ -336,13 +336,15 @@ def summarize(outcomes: list[Outcome], below: float = math.inf) -> dict[str, dic
 
 
 def summarize_polished(outcomes: list[Outcome], below: float = 0.1) -> dict[str, dict[str, dict[str, float]]]:
-    """The same by model and class of operators, "tv_isotropic, blur", where the relative bound itself is < below."""
+    """The same by model and class of operators, "tv_isotropic, blur", and by model, "tv_isotropic", where the relative
+    bound itself is < below."""
     collected: dict[tuple[str, str], list[float]] = {}
     for o in outcomes:
-        model = f"{o.setting.regularizer}, {PHYSICS_CLASSES[o.setting.physics]}"
+        model = o.setting.regularizer
         for name in POLISHED:
             if name in o.effectivity and o.relative_bounds.get(name, math.inf) < below:
-                collected.setdefault((model, name), []).append(o.effectivity[name])
+                for row in (model, f"{model}, {PHYSICS_CLASSES[o.setting.physics]}"):
+                    collected.setdefault((row, name), []).append(o.effectivity[name])
     table: dict[str, dict[str, dict[str, float]]] = {}
     for (model, name), values in sorted(collected.items()):
         table.setdefault(model, {})[name] = _statistics(values)

@@ -208,12 +208,14 @@ def test_polished_table(capsys):
     ]
     outcomes[0].relative_bounds["before_polish"] = 0.09
     table = summarize_polished(outcomes)
-    assert table == {
-        "tv_isotropic, blur": {
-            "before_polish": {"cases": 1, "median": 1.0, "percentile_95": 1.0},
-            "polished": {"cases": 2, "median": 3.0, "percentile_95": pytest.approx(3.9)},
-        }
+    row = {
+        "before_polish": {"cases": 1, "median": 1.0, "percentile_95": 1.0},
+        "polished": {"cases": 2, "median": 3.0, "percentile_95": pytest.approx(3.9)},
     }
+    assert table == {
+        "tv_isotropic": row,
+        "tv_isotropic, blur": row,
+    }  # of a model, and of it with one class of operators
     print_polished(table)
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last == ["tv_isotropic,", "blur", "1", "1", "1", "2", "3", "3.9"]
