@@ -95,10 +95,10 @@ def _save_picture(evaluation: Evaluation, path: Path) -> None:
     save_figure(comparison_figure(evaluation.pictures, evaluation.names), path)
 
 
-def _weights(search: dict[str, Any]) -> str:
+def _weights(search: dict[str, Any], digits: int = 3) -> str:
     """What the grid search has found, in words."""
     fixed = "" if search["smoothing"] is None else f", smoothing {search['smoothing']:g}"
-    return f"weight {search['weight']:.3g}{fixed}"
+    return f"weight {search['weight']:.{digits}g}{fixed}"
 
 
 def report(summary: dict[str, Any], folder: Path, images: int) -> str:
@@ -158,8 +158,7 @@ def evaluate_run(
     evaluation = evaluate(_energies(config, energy, search), pairs)
     print(evaluation.table())
     distance = max(max(values) for values in evaluation.distance_bound.values())
-    fixed = "" if search.smoothing is None else f", smoothing {search.smoothing:g}"
-    print(f"Grid search on the training images: weight {search.weight:.4g}{fixed}. * best.")
+    print(f"Grid search on the training images: {_weights(_search_summary(search), 4)}. * best.")
     print(f"Every reconstruction is certified to lie within {distance:.2g} (Euclidean) of the exact minimizer.")
     name = "evaluation.png" if data is None else "evaluation_data.png"
     path = folder / "pictures" / name if picture is None else Path(picture).expanduser()

@@ -56,6 +56,11 @@ def products(columns: Tensor, q: Tensor) -> Tensor:
     return torch.bmm(columns, q.unsqueeze(2)).squeeze(2)
 
 
+def column_norms(columns: Tensor) -> Tensor:
+    """||c_ij|| for columns c ``(B, n, *image)``, float64 ``(B, n)``."""
+    return norm(columns.flatten(0, 1)).double().reshape(columns.shape[:2])
+
+
 def gram(columns: Tensor) -> Tensor:
     """<c_ij, c_ik> for columns c ``(B, n, *image)``, float64 ``(B, n, n)``."""
     few = 0 < columns.shape[1] <= FEW and columns.numel() > 0

@@ -212,10 +212,8 @@ def test_polished_table(capsys):
         "before_polish": {"cases": 1, "median": 1.0, "percentile_95": 1.0},
         "polished": {"cases": 2, "median": 3.0, "percentile_95": pytest.approx(3.9)},
     }
-    assert table == {
-        "tv_isotropic": row,
-        "tv_isotropic, blur": row,
-    }  # of a model, and of it with one class of operators
+    # of a model, and of it with one class of operators
+    assert table == {"tv_isotropic": row, "tv_isotropic, blur": row}
     print_polished(table)
     last = capsys.readouterr().out.splitlines()[-1].split()
     assert last == ["tv_isotropic,", "blur", "1", "1", "1", "2", "3", "3.9"]

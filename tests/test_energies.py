@@ -448,52 +448,48 @@ def test_strong_convexity_and_smoothness_enclose_the_spectrum(regularizer, physi
 # --- float32
 
 
-@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(itertools.product(DECLARED, ALL_PHYSICS)))
-def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics):
-    for seed, kind in enumerate(("noisy", "flat", "ramp", "saturated")):
+def float32_cases(regularizer, physics, kinds):
+    """Cases in float32, the same problems in float64, a start and a point near the minimizer, and what was drawn."""
+    for seed, kind in enumerate(kinds):
         for weight, smoothing in ((1e-4, 0.1), (0.1, 1e-3), (30.0, 1.0)):
             case = build(
                 regularizer, physics, dtype=F32, kind=kind, seed=seed, weight=weight, smoothing=smoothing, ridge=1e-3,
                 size=(9, 11),
             )  # fmt: skip
-            problem = case.problem
-            exact = problem.double()
+            exact = case.problem.double()
             if exact is None:
-                double = in_double(case.physics)
-                exact = case.energy.bind(case.y.double(), double)
+                exact = case.energy.bind(case.y.double(), in_double(case.physics))
             start = exact.initial().to(F32)
-            near = bi.lower_solvers.NewtonCG(max_iter=3, max_inner=15).solve(problem, start, 1e-5).x
-            for x in (case.x_true, case.y if case.y.shape == problem.shape else start, near):
-                error = norm(problem.grad(x).double() - exact.grad(x.double()))
-                allowed = problem.gradient_rounding(x).double()
-                worst = float((error / allowed.clamp(min=1e-300)).detach().max())
-                assert bool((error <= allowed).all()), (kind, weight, smoothing, worst)
-                coarse = problem.coarse_gradient_rounding(x)
-                if coarse is not None:  # taken where nobody notices
-                    assert bool((allowed <= coarse * (1 + 1e-6)).all()), (kind, weight, smoothing)
-                    assert torch.equal(problem.gradient_rounding_beside(x, 2e3 * coarse), coarse)
-                    assert torch.equal(problem.gradient_rounding_beside(x, coarse), allowed)
+            near = bi.lower_solvers.NewtonCG(max_iter=3, max_inner=15).solve(case.problem, start, 1e-5).x
+            yield case, exact, start, near, (kind, weight, smoothing)
+
+
+@pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(itertools.product(DECLARED, ALL_PHYSICS)))
+def test_float32_gradients_are_within_their_rounding_bound(regularizer, physics):
+    kinds = ("noisy", "flat", "ramp", "saturated")
+    for case, exact, start, near, drawn in float32_cases(regularizer, physics, kinds):
+        problem = case.problem
+        for x in (case.x_true, case.y if case.y.shape == problem.shape else start, near):
+            error = norm(problem.grad(x).double() - exact.grad(x.double()))
+            allowed = problem.gradient_rounding(x).double()
+            worst = float((error / allowed.clamp(min=1e-300)).detach().max())
+            assert bool((error <= allowed).all()), (*drawn, worst)
+            coarse = problem.coarse_gradient_rounding(x)
+            if coarse is not None:  # taken where nobody notices
+                assert bool((allowed <= coarse * (1 + 1e-6)).all()), drawn
+                assert torch.equal(problem.gradient_rounding_beside(x, 2e3 * coarse), coarse)
+                assert torch.equal(problem.gradient_rounding_beside(x, coarse), allowed)
 
 
 @pytest.mark.parametrize(("regularizer", "physics"), mostly_slow(itertools.product(DECLARED, ALL_PHYSICS)))
 def test_float32_columns_are_within_what_estimates_allow_for(regularizer, physics):
-    for seed, kind in enumerate(("noisy", "ramp", "saturated")):
-        for weight, smoothing in ((1e-4, 0.1), (0.1, 1e-3), (30.0, 1.0)):
-            case = build(
-                regularizer, physics, dtype=F32, kind=kind, seed=seed, weight=weight, smoothing=smoothing, ridge=1e-3,
-                size=(9, 11),
-            )  # fmt: skip
-            problem = case.problem
-            exact = problem.double()
-            if exact is None:
-                exact = case.energy.bind(case.y.double(), in_double(case.physics))
-            x = bi.lower_solvers.NewtonCG(max_iter=3, max_inner=15).solve(problem, exact.initial().to(F32), 1e-5).x
-            columns, wanted = problem.linearize(x).mixed_columns(), exact.linearize(x.double()).mixed_columns()
-            if columns is None:
-                return
-            error, size = (v.flatten(1).norm(dim=1) for v in (columns.double() - wanted, wanted))
-            allowed = COLUMN_UNITS * problem.gradient_rounding(x).double() + 8 * torch.finfo(F32).eps * size
-            assert bool((error <= allowed).all()), (kind, weight, smoothing, float((error / allowed).max()))
+    for case, exact, _, x, drawn in float32_cases(regularizer, physics, ("noisy", "ramp", "saturated")):
+        columns, wanted = case.problem.linearize(x).mixed_columns(), exact.linearize(x.double()).mixed_columns()
+        if columns is None:
+            return
+        error, size = (v.flatten(1).norm(dim=1) for v in (columns.double() - wanted, wanted))
+        allowed = COLUMN_UNITS * case.problem.gradient_rounding(x).double() + 8 * torch.finfo(F32).eps * size
+        assert bool((error <= allowed).all()), (*drawn, float((error / allowed).max()))
 
 
 @declared_pairs

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_imaging.tensors import gram, norm, per_sample, units
+from bilevel_imaging.tensors import binary_scale, gram, per_sample, units
 
 # a parameter-side vector: one tensor, or tensors by name
 Parameters = Tensor | dict[str, Tensor]
@@ -54,9 +54,8 @@ def from_columns(columns: Tensor) -> Tensor:
     scale = units(products.diagonal(dim1=1, dim2=2).sum(1).sqrt(), products)
     if scale is not None:  # squares of tiny columns must not underflow
         flat = columns.double()
-        scale = units(norm(flat), flat)
-        if scale is not None:
-            products = gram(flat / per_sample(scale, flat))
+        scale = binary_scale(flat)
+        products = gram(flat / per_sample(scale, flat))
     if products.shape[1] == 1:
         size = products[:, 0, 0].sqrt()
     else:

@@ -24,7 +24,7 @@ from bilevel_imaging.energies.preconditioning import (
 )
 from bilevel_imaging.energies.weighted_terms import DataMixed
 from bilevel_imaging.native import Stencil
-from bilevel_imaging.tensors import norm, squared_norm
+from bilevel_imaging.tensors import column_norms, norm, squared_norm
 
 if TYPE_CHECKING:
     from bilevel_imaging.energies.variational import VariationalProblem
@@ -167,8 +167,7 @@ class VariationalLinearization(Linearization):
             split = 1.001 * misfit + norm(self.grad).double() / mu.sqrt()
             norms = norms.clone()
             norms[:, weight] = torch.minimum(norms[:, weight], split)
-        sizes = norm(columns.flatten(0, 1)).double().reshape(norms.shape)
-        worth = (sizes <= WORTH * mu.sqrt().unsqueeze(1) * norms).any(1, keepdim=True)
+        worth = (column_norms(columns) <= WORTH * mu.sqrt().unsqueeze(1) * norms).any(1, keepdim=True)
         others = self.inside.split_energy_norms(mu) if bool(worth.any()) else None
         return norms if others is None else torch.where(worth, torch.minimum(norms, others), norms)
 

@@ -140,7 +140,9 @@ def _residual(
     if residual is not None and point.working is not point.linearization:
         rough = SOLVER_UNITS * torch.finfo(residual.dtype).eps
         fine = size is not None and point.working_is_there and point.loss.x_true.dtype == residual.dtype
-        fine = fine and bool((rough * (size + point.loss_grad_norm) <= UNNOTICED * known.residual_norm).all())
+        if fine:
+            rounding = residual_rounding(residual.dtype, smoothness, q_norm, point.loss_grad_norm)
+            fine = bool((rounding <= UNNOTICED * known.residual_norm).all())
         residual, unit = (residual.to(q.dtype), rough) if fine else (None, unit)
     if residual is None:
         product = point.linearization.hvp(q)

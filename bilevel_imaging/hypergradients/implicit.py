@@ -13,7 +13,7 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import Estimate, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
-from bilevel_imaging.hypergradients.refinement import MANY_PARAMETERS, Refiner
+from bilevel_imaging.hypergradients.refinement import Refiner
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
@@ -221,7 +221,7 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     fraction = 0.1 if goal.relative is None else min(goal.relative, 1.0)
     # even a rough goal needs x where the certificates are nearly linear in its error
     first_error, first_residual = FIRST_ERROR * min(fraction, 0.1) ** 0.5, FIRST_RESIDUAL * fraction**0.5
-    if sum(p.numel() for p in problem.theta.values()) > MANY_PARAMETERS:
+    if refiner.many_parameters:
         # bounds without the columns of J are looser, and a second evaluation costs more than a few iterations
         first_error = min(first_error, FIRST_ERROR_MANY)
         first_residual = min(first_residual, FIRST_RESIDUAL_MANY * fraction)

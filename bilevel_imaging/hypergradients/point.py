@@ -13,7 +13,7 @@ from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, M
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
-from bilevel_imaging.tensors import inner, norm, per_sample, units
+from bilevel_imaging.tensors import column_norms, inner, norm, per_sample, units
 
 
 def dual_norm(
@@ -140,9 +140,7 @@ class Point:
     @cached_property
     def column_norms(self) -> Tensor | None:
         """``(B, n)`` float64."""
-        if self.columns is None:
-            return None
-        return norm(self.columns.flatten(0, 1)).double().reshape(self.columns.shape[:2])
+        return None if self.columns is None else column_norms(self.columns)
 
     @cached_property
     def mixed_norm(self) -> Tensor:

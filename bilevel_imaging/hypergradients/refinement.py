@@ -103,11 +103,15 @@ class Refiner:
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
 
+    @property
+    def many_parameters(self) -> bool:
+        """Whether there are too many for columns of J."""
+        return sum(p.numel() for p in self.problem.theta.values()) > MANY_PARAMETERS
+
     def _plain_will_do(self, residual_tol: Tensor | float) -> bool:
         """Whether the classical certificate can be expected not to notice the rounding of float32 data."""
-        few = sum(p.numel() for p in self.problem.theta.values()) <= MANY_PARAMETERS
         smoothness = self.problem.constants().smoothness
-        if not (self.plain and few) or self.exact is self.problem or smoothness is None:
+        if not self.plain or self.many_parameters or self.exact is self.problem or smoothness is None:
             return False
         size = norm(self.loss.grad(self.lower_solution.x)).double()
         return not bool((residual_rounding(self.problem.dtype, smoothness, size, size) > PLAINLY * residual_tol).any())

@@ -111,27 +111,6 @@ void NAME(stencil_product)(
     }
 }
 
-/* r -= alpha z; returns ||r||^2. */
-static REAL NAME(reduce)(REAL *restrict r, const REAL *restrict z, REAL alpha, int64_t n) {
-    REAL square = 0;
-    for (int64_t j = 0; j < n; j++) {
-        r[j] -= alpha * z[j];
-        square += r[j] * r[j];
-    }
-    return square;
-}
-
-/* q += alpha p, p = r + beta p. */
-static void NAME(move_and_turn)(
-    REAL *restrict q, REAL *restrict p, const REAL *restrict r, REAL alpha, REAL beta, int64_t n
-) {
-    for (int64_t j = 0; j < n; j++) {
-        const REAL old = p[j];
-        q[j] += alpha * old;
-        p[j] = r[j] + beta * old;
-    }
-}
-
 /* State of one system's conjugate gradients, read and written. `rz` = ||r||^2; `radau` and `lowest` are those of the
    Gauss-Radau bound of the energy norm (NaN: none). */
 typedef struct {

@@ -29,22 +29,25 @@ static inline NAME(Vector) NAME(inverse_root)(NAME(Vector) v) {
 #endif
 }
 
-/* q += alpha p, r -= alpha z; returns ||r||^2. */
-static REAL NAME(move)(
-    REAL *restrict q, REAL *restrict r, const REAL *restrict p, const REAL *restrict z, REAL alpha, int64_t n
-) {
+/* r -= alpha z; returns ||r||^2. */
+static REAL NAME(reduce)(REAL *restrict r, const REAL *restrict z, REAL alpha, int64_t n) {
     REAL square = 0;
     for (int64_t j = 0; j < n; j++) {
-        q[j] += alpha * p[j];
         r[j] -= alpha * z[j];
         square += r[j] * r[j];
     }
     return square;
 }
 
-/* p = r + beta p. */
-static void NAME(turn)(REAL *restrict p, const REAL *restrict r, REAL beta, int64_t n) {
-    for (int64_t j = 0; j < n; j++) p[j] = r[j] + beta * p[j];
+/* q += alpha p, p = r + beta p. */
+static void NAME(move_and_turn)(
+    REAL *restrict q, REAL *restrict p, const REAL *restrict r, REAL alpha, REAL beta, int64_t n
+) {
+    for (int64_t j = 0; j < n; j++) {
+        const REAL old = p[j];
+        q[j] += alpha * old;
+        p[j] = r[j] + beta * old;
+    }
 }
 
 static double NAME(dot)(const REAL *u, const REAL *v, int64_t n) {
@@ -140,14 +143,15 @@ void NAME(advance)(
 #pragma omp for schedule(static)
         IN_BLOCKS({
             if (isnan(alphas[sample])) continue;
-            sums[block] = NAME(move)(q + from, r + from, p + from, z + from, (REAL)alphas[sample], n);
+            sums[block] = NAME(reduce)(r + from, z + from, (REAL)alphas[sample], n);
         })
 #pragma omp for schedule(static)
         IN_BLOCKS({
             if (isnan(alphas[sample])) continue;
             const double square = sum(sums + sample * blocks, blocks);
             if (block % blocks == 0) squares[sample] = square;
-            NAME(turn)(p + from, r + from, (REAL)(square / rz[sample]), n);
+            NAME(move_and_turn)(
+                q + from, p + from, r + from, (REAL)alphas[sample], (REAL)(square / rz[sample]), n);
         })
     }
     free(sums);
