@@ -55,6 +55,12 @@ static void wait_for_team(int team) {
     }
 }
 
+/* Memory that begins with a whole vector. */
+static void *aligned_malloc(size_t bytes) {
+    void *memory;
+    return posix_memalign(&memory, 64, bytes) == 0 ? memory : NULL;
+}
+
 static double sum(const double *values, int64_t n) {
     double total = 0;
     for (int64_t i = 0; i < n; i++) total += values[i];
@@ -80,10 +86,12 @@ typedef int64_t indices_float64 __attribute__((vector_size(64)));
 #define REAL float
 #define NAME(f) f##_float32
 #define SQRT sqrtf
+#define LEAST 1e-36f
 #define INDICES indices_float32
 #define MOVED_UP(before, here) \
     ((NAME(Vector))SHUFFLE(before, here, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30))
 #define MOVED_DOWN(here) ((NAME(Vector))SHUFFLE(here, here, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15))
+#include "vectors.h"
 #include "updates.h"
 #include "convolutions.h"
 #include "stencils.h"
@@ -95,16 +103,19 @@ typedef int64_t indices_float64 __attribute__((vector_size(64)));
 #undef REAL
 #undef NAME
 #undef SQRT
+#undef LEAST
 #undef INDICES
 #undef MOVED_UP
 #undef MOVED_DOWN
 #define REAL double
 #define NAME(f) f##_float64
 #define SQRT sqrt
+#define LEAST 1e-300
 #define INDICES indices_float64
 #define MOVED_UP(before, here) \
     ((NAME(Vector))SHUFFLE(before, here, 7, 8, 9, 10, 11, 12, 13, 14))
 #define MOVED_DOWN(here) ((NAME(Vector))SHUFFLE(here, here, 1, 2, 3, 4, 5, 6, 7, 7))
+#include "vectors.h"
 #include "updates.h"
 #include "convolutions.h"
 #include "stencils.h"

@@ -20,6 +20,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 SOURCES = (
     "kernels.c",
+    "vectors.h",
     "convolutions.h",
     "stencils.h",
     "updates.h",

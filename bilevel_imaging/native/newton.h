@@ -170,10 +170,11 @@ static void NAME(descend_one)(
     const NAME(Stencil) *s = &e->data;
     const int64_t n = s->rows * s->width, from = part->from * s->width, size = (part->to - part->from) * s->width;
     const size_t bytes = size * sizeof(REAL);
+    const int64_t m = NAME(spread)(n);
     REAL *k = scratch;
-    NAME(Place) at = {k, k + n, k + 2 * n, k + 3 * n, k + 4 * n};
-    NAME(Place) other = {k + 5 * n, k + 6 * n, k + 7 * n, k + 8 * n, k + 9 * n};
-    REAL *u0 = k + 10 * n, *u1 = k + 11 * n, *q = k + 12 * n, *z = k + 13 * n;
+    NAME(Place) at = {k, k + m, k + 2 * m, k + 3 * m, k + 4 * m};
+    NAME(Place) other = {k + 5 * m, k + 6 * m, k + 7 * m, k + 8 * m, k + 9 * m};
+    REAL *u0 = k + 10 * m, *u1 = k + 11 * m, *q = k + 12 * m, *z = k + 13 * m;
     NAME(Descent) now = *where;
     memcpy(at.x + from, x + from, bytes);
     wait_for_team(part->team);
@@ -247,13 +248,14 @@ void NAME(descend)(
     int64_t rows, int64_t height, int64_t width, int64_t max_iter, int64_t max_inner, int threads
 ) {
     const NAME(Stencil) field = {NULL, NULL, NULL, NULL, constant, {filters, terms, taps}, rows, height, width};
-    const int64_t n = rows * width, lines = 4 * width + taps;
+    const int64_t n = rows * width, lines = NAME(spread)(4 * width + taps);
     const int team = count >= threads ? 1 : threads;
     const int outside = team == 1 ? threads : 1;
     NAME(Descent) *all = progress;
 #pragma omp parallel num_threads(outside) if (outside > 1)
     {
-        REAL *scratch = malloc((IMAGES * n + team * lines) * sizeof(REAL));
+        const int64_t images = IMAGES * NAME(spread)(n);
+        REAL *scratch = aligned_malloc((images + team * lines) * sizeof(REAL));
         double *sums = malloc(3 * rows * sizeof(double));
         NAME(Shared) shared = {.squares = sums, .slopes = sums + rows, .values = sums + 2 * rows};
 #pragma omp for schedule(dynamic, 1)
@@ -266,7 +268,7 @@ void NAME(descend)(
                 const int thread = team > 1 ? thread_number() : 0, present = team > 1 ? team_size() : 1;
                 const NAME(Part) part = {
                     rows * thread / present, rows * (thread + 1) / present, thread, present,
-                    scratch + IMAGES * n + thread * lines};
+                    scratch + images + thread * lines};
                 NAME(descend_one)(
                     &e, x + i * n, best + i * n, dual + 2 * i * n, start, (int)begin, scratch, all + i, &shared, max_iter, max_inner,
                     &part);

@@ -134,15 +134,18 @@ static void NAME(dual_row)(
     const REAL *here, const REAL *below, REAL t, const REAL *n0, const REAL *n1, const REAL *u0, const REAL *u1,
     const REAL *inverse, REAL *v0, REAL *v1, int64_t width
 ) {
-#pragma omp simd
-    for (int64_t j = 0; j < width; j++) {
-        const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
-        const REAL along = n0[j] * dx + n1[j] * dy;
-        const REAL w0 = u0[j] + t * (n0[j] + (dx - u0[j] * along) * inverse[j] - u0[j]);
-        const REAL w1 = u1[j] + t * (n1[j] + (dy - u1[j] * along) * inverse[j] - u1[j]);
-        const REAL length = SQRT(w0 * w0 + w1 * w1), scale = 1 / (length > 1 ? length : 1);
-        v0[j] = w0 * scale;
-        v1[j] = w1 * scale;
+    const NAME(Vector) zero = {0}, one_each = zero + 1;
+    for (int64_t j = 0; j < width; j += LANES) {
+        const int64_t n = width - j;
+        const NAME(Vector) v = NAME(load_some)(here + j, n, here[width - 1]), dy = NAME(load_some)(below + j, n, 0) - v;
+        const NAME(Vector) dx = (n > LANES ? NAME(load)(here + j + 1) : MOVED_DOWN(v)) - v;
+        const NAME(Vector) x = NAME(load_some)(n0 + j, n, 0), y = NAME(load_some)(n1 + j, n, 0);
+        const NAME(Vector) one = NAME(load_some)(inverse + j, n, 0);
+        const NAME(Vector) a = NAME(load_some)(u0 + j, n, 0), b = NAME(load_some)(u1 + j, n, 0), along = x * dx + y * dy;
+        const NAME(Vector) p = a + t * (x + (dx - a * along) * one - a), q = b + t * (y + (dy - b * along) * one - b);
+        const NAME(Vector) scale = NAME(inverse_root)(NAME(larger)(p * p + q * q, one_each));
+        NAME(store_some)(v0 + j, p * scale, n);
+        NAME(store_some)(v1 + j, q * scale, n);
     }
 }
 
@@ -189,16 +192,22 @@ typedef struct {
 
 /* Norm of D^3 phi[k] relative to the Hessian over lengths in [low, high], for parts of k along z and |k x z| at most
    `along` and `across`. */
-static inline REAL NAME(relative_norm)(const NAME(Ball) *s, REAL low, REAL high, REAL along, REAL across) {
-    const REAL nu = s->smoothing, w = s->weight, nu2 = nu * nu, low2 = low * low + nu2, root = SQRT(low2);
-    REAL peak = nu > low ? nu : low;
-    peak = peak < high ? peak : high;
-    const REAL slope = peak / (peak * peak + nu2) * along, stiff = w * nu2;
-    const REAL soft = s->floor * root, low_stiff = stiff + soft * low2, low_weight = w + soft;
-    const REAL first = 3 * slope * stiff / low_stiff, second = slope * w / low_weight;
-    const REAL mixed = w * across / SQRT(low_stiff * (low2 * low_weight));
-    const REAL half = (REAL)0.5 * (first - second);
-    return (REAL)0.5 * (first + second) + SQRT(half * half + mixed * mixed);
+static inline NAME(Vector) NAME(relative_norm)(
+    const NAME(Ball) *s, NAME(Vector) low, NAME(Vector) high, NAME(Vector) along, NAME(Vector) across
+) {
+    const NAME(Vector) zero = {0}, least = zero + LEAST, nu = zero + s->smoothing;
+    const REAL w = s->weight, nu2 = s->smoothing * s->smoothing, stiff = w * nu2;
+    const NAME(Vector) low2 = low * low + nu2, peak = NAME(smaller)(NAME(larger)(nu, low), high);
+    const NAME(Vector) slope = peak * NAME(inverse)(peak * peak + nu2) * along, soft = s->floor * NAME(root)(low2);
+    const NAME(Vector) low_stiff = stiff + soft * low2, low_weight = w + soft;
+    const NAME(Vector) first = (3 * stiff) * slope * NAME(inverse)(low_stiff);
+    const NAME(Vector) second = w * slope * NAME(inverse)(low_weight);
+    const NAME(Vector) mixed = w * across * NAME(inverse_root)(low_stiff * (low2 * low_weight));
+    const NAME(Vector) half = (REAL)0.5 * (first - second), square = half * half + mixed * mixed;
+    /* never below the root, also where the square underflows */
+    const NAME(Vector) enough = NAME(larger)(square, least) * NAME(inverse_root)(NAME(larger)(square, least));
+    const NAME(Vector) parts = NAME(magnitude)(half) + mixed;
+    return (REAL)0.5 * (first + second) + NAME(smaller)(enough, parts);
 }
 
 /* Largest relative change of the Hessian of sample i over the ball ||e||_H <= radius, along every e of the ball (q NULL)
@@ -219,48 +228,55 @@ void NAME(tv_relative)(
             weight, smoothing, (REAL)(convexities[i] / squared_norm), (REAL)radii[i],
             (REAL)(row_norm / sqrt(convexities[i]))};
         const REAL nu2 = smoothing * smoothing;
-        REAL best = 0;
-        int64_t bad = 0;
+        const NAME(Vector) zero = {0}, least = zero + LEAST, one_each = zero + 1, furthest = zero + s.row;
+        NAME(Vector) best = zero;
+        INDICES sound = ~(INDICES){0};
         for (int64_t row = part.from; row < part.to; row++) {
             const int64_t at = (i * rows + row) * width, down = row % height < height - 1 ? width : 0;
-            const REAL *restrict n0 = unit + at, *restrict n1 = unit + apart + at, *restrict inverse = reciprocal + at;
-            const REAL *here = q ? q + at : NULL;
-            const REAL *below = q ? here + down : NULL;
-            REAL sum_row = 0;
-            int bad_row = 0;
-#pragma omp simd reduction(max : best) reduction(+ : sum_row, bad_row)
-            for (int64_t j = 0; j < width; j++) {
-                const REAL one = inverse[j], length = SQRT(n0[j] * n0[j] + n1[j] * n1[j]) / one;
-                const REAL curved = weight * nu2 * one * one * one + s.floor, flat = weight * one + s.floor;
-                REAL far = 1 / SQRT(curved), aside = 1 / SQRT(flat);
-                far = s.radius * (far < s.row ? far : s.row);
-                aside = s.radius * (aside < s.row ? aside : s.row);
-                const REAL low = length > far ? length - far : 0, high = length + far;
-                REAL along = far, across = aside * length;
-                if (q) {
-                    const REAL dx = j < width - 1 ? here[j + 1] - here[j] : 0, dy = below[j] - here[j];
-                    const REAL square = dx * dx + dy * dy, onto = n0[j] * dx + n1[j] * dy;
-                    const REAL whole = SQRT(square);
-                    const REAL ratio = length * one; /* |n| */
-                    along = onto < 0 ? -onto : onto;
-                    along = ratio > 0 ? along / ratio : 0;
-                    REAL rest = n0[j] * dy - n1[j] * dx;
-                    rest = rest < 0 ? -rest : rest;
-                    rest = ratio > 0 ? rest / ratio : whole;
-                    const REAL turn = far < length ? far / length : 1;
-                    along += rest * turn;
-                    along = along < whole ? along : whole;
-                    across = rest * length + whole * far;
-                    sum_row += (square - onto * onto) * one;
+            NAME(Vector) energy = zero;
+            for (int64_t j = 0; j < width; j += LANES) {
+                const int64_t here = at + j, n = width - j;
+                const NAME(Vector) n0 = NAME(load_some)(unit + here, n, 0), n1 = NAME(load_some)(unit + apart + here, n, 0);
+                const NAME(Vector) one = NAME(load_some)(reciprocal + here, n, 1);
+                const NAME(Vector) squared = n0 * n0 + n1 * n1, size = NAME(root)(squared); /* |n| */
+                const NAME(Vector) length = size * NAME(inverse)(one);
+                const NAME(Vector) curved = weight * nu2 * one * (one * one) + s.floor, flat = weight * one + s.floor;
+                const NAME(Vector) reach = NAME(smaller)(NAME(inverse_root)(NAME(larger)(curved, least)), furthest), far = s.radius * reach;
+                const NAME(Vector) low = NAME(larger)(length - far, zero), high = length + far;
+                NAME(Vector) value;
+                if (!q) {
+                    /* per radius, whose powers may underflow */
+                    const NAME(Vector) aside = NAME(smaller)(NAME(inverse_root)(NAME(larger)(flat, least)), furthest);
+                    value = NAME(relative_norm)(&s, low, high, reach, aside * length);
+                } else {
+                    const REAL end = q[at + width - 1];
+                    const NAME(Vector) v = NAME(load_some)(q + here, n, end);
+                    const NAME(Vector) dx = (n > LANES ? NAME(load)(q + here + 1) : MOVED_DOWN(v)) - v;
+                    const NAME(Vector) dy = NAME(load_some)(q + here + down, n, end) - v;
+                    const NAME(Vector) square = dx * dx + dy * dy, onto = n0 * dx + n1 * dy, whole = NAME(root)(square);
+                    /* parts of Dq along z and across it; all of it where z is so short that rounding hides where it points */
+                    const NAME(Vector) known = NAME(larger)(squared, least), scale = NAME(inverse_root)(known);
+                    const NAME(Vector) all = whole * (LEAST * NAME(inverse)(known));
+                    const NAME(Vector) cross = n0 * dy - n1 * dx, rest = NAME(magnitude)(cross) * scale + all;
+                    const NAME(Vector) turn = NAME(smaller)(far * NAME(inverse)(NAME(larger)(length, least)), one_each);
+                    const NAME(Vector) along = NAME(magnitude)(onto) * scale + rest * turn + all;
+                    value = NAME(relative_norm)(&s, low, high, NAME(smaller)(along, whole), rest * length + whole * far);
+                    /* |Dq|^2 - <n, Dq>^2 without cancellation: 1 - |n|^2 = nu^2 / s^2 */
+                    energy += (cross * cross + square * (nu2 * one * one)) * one;
                 }
-                const REAL value = NAME(relative_norm)(&s, low, high, along, across);
-                best = value > best ? value : best;
-                bad_row += !(value < INFINITY);
+                if (n < LANES) {
+                    REAL values[LANES];
+                    NAME(store)(values, value);
+                    value = NAME(load_some)(values, n, 0);
+                }
+                best = NAME(larger)(value, best);
+                sound &= (INDICES)((value >= zero) & (value < zero + INFINITY));
             }
-            sums[i * rows + row] = sum_row;
-            bad += bad_row;
+            sums[i * rows + row] = NAME(total)(energy);
         }
-        const double found = bad ? INFINITY : best;
+        REAL most = 0;
+        for (int64_t k = 0; k < LANES; k++) most = !sound[k] ? INFINITY : best[k] > most ? best[k] : most;
+        const double found = q ? most : most * radii[i];
 #pragma omp critical
         if (found > largest[i]) largest[i] = found;
     }

@@ -1,33 +1,8 @@
 /* Included by kernels.c for each type. */
 
-/* The compiler's own vectors of 64 bytes, whatever the processor makes of them. */
-#define LANES ((int64_t)(64 / sizeof(REAL)))
-typedef REAL NAME(Vector) __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
-
-static inline NAME(Vector) NAME(load)(const REAL *from) { return *(const NAME(Vector) *)from; }
-
-static inline void NAME(store)(REAL *to, NAME(Vector) v) { *(NAME(Vector) *)to = v; }
-
-/* 1 / sqrt(v). A division and a root of a vector take longer than reading it from memory; an estimate and Newton steps
-   give the same to two units of the last place. */
-static inline NAME(Vector) NAME(inverse_root)(NAME(Vector) v) {
-#ifdef __AVX512F__
-    NAME(Vector) r;
-    if (sizeof(REAL) == 4) r = (NAME(Vector))_mm512_rsqrt14_ps((__m512)v);
-    else {
-        r = (NAME(Vector))_mm512_rsqrt14_pd((__m512d)v);
-        r *= (REAL)1.5 - (REAL)0.5 * v * (r * r);
-    }
-    return r * ((REAL)1.5 - (REAL)0.5 * v * (r * r));
-#else
-    REAL values[LANES];
-    memcpy(values, &v, sizeof v);
-#pragma omp simd
-    for (int64_t k = 0; k < LANES; k++) values[k] = 1 / SQRT(values[k]);
-    memcpy(&v, values, sizeof v);
-    return v;
-#endif
-}
+/* Numbers from one image of scratch to the next: whole vectors, and not a multiple of a page, or all images would compete
+   for the same few lines of the cache. */
+static inline int64_t NAME(spread)(int64_t n) { return (n + LANES - 1) / LANES * LANES + 5 * LANES; }
 
 /* r -= alpha z; returns ||r||^2. */
 static REAL NAME(reduce)(REAL *restrict r, const REAL *restrict z, REAL alpha, int64_t n) {

@@ -230,17 +230,20 @@ class TotalVariationLinearization(Linearization):
         at, far, _ = self._local_lengths(radius, strong_convexity)
         dq = forward_differences(q)
         length_q = self._lengths(dq)
-        along, across = length_q, None
+        along, across, aside = length_q, None, 0.0
         if self.regularizer.isotropic:
             tiny = torch.finfo(q.dtype).tiny
-            along = self.regularizer._group(self.unit / (at.length * self.reciprocal).clamp(min=tiny) * dq).abs()
-            across = (length_q**2 - along**2).clamp(min=0).sqrt()
+            direction = self.unit / (at.length * self.reciprocal).clamp(min=tiny)
+            along = self.regularizer._group(direction * dq)
+            aside = self._lengths(dq.addcmul(direction, along, value=-1))
             # z_t leaves the direction of z by an angle whose sine is at most |De| / |z|
-            along = torch.minimum(length_q, along + across * (far / at.length.clamp(min=tiny)).clamp(max=1))
-            across = across * at.length + length_q * far  # |dq x z_t| <= |dq x z| + |dq| |De|
+            turn = (far / at.length.clamp(min=tiny)).clamp(max=1)
+            across = aside * at.length + length_q * far  # |dq x z_t| <= |dq x z| + |dq| |De|
+            along = torch.minimum(length_q, along.abs() + aside * turn)
         hessian = relative_norm(at, along, across).transpose(0, 1).flatten(1).amax(1)
-        energy = (dq * self._curvature(dq.clone())).transpose(0, 1).flatten(1).sum(1)
-        return hessian, energy
+        # |dq|^2 - <n, dq>^2 without cancellation: 1 - |n|^2 = nu^2 / s^2
+        energy = (aside**2 + (length_q**2 - aside**2) * (self.smoothing * self.reciprocal) ** 2) * self.reciprocal
+        return hessian, energy.transpose(0, 1).flatten(1).sum(1)
 
     def mixed_energy_norms(self) -> Tensor:
         """||D^T p||_{H^-1}^2 <= sum <p, (weight D^2 phi)^-1 p>: for log nu that is weight sum |z|^2 nu^2 / s^3, for the
