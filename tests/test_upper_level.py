@@ -284,18 +284,19 @@ def check_every_step(objective: Spy, method: MAID, steps: int) -> list:
     reports = []
     loss, uncertainty = exact_loss(objective)
     while len(reports) < steps and not (reports and reports[-1].stop):
+        before, old = objective.log[-1:], flatten(objective.theta)
         objective.log.clear()
-        old = flatten(objective.theta)
         report = method.step(objective)
         reports.append(report)
-        kind, theta, lower, upper = objective.log[0]
+        # the hypergradient of the step, or that with which the step before ended
+        kind, theta, lower, upper = objective.log[0] if not before or before[0][0] == "value" else before[0]
         assert kind == "hypergradient" and torch.equal(theta, old)
         assert lower - uncertainty <= loss <= upper + uncertainty
         if not report.accepted:
             assert torch.equal(flatten(objective.theta), old) and report.param_change == 0
             continue
         kind, theta, *interval = objective.log[-1]
-        assert kind == "value" and torch.equal(theta, flatten(objective.theta))
+        assert torch.equal(theta, flatten(objective.theta))
         assert interval == [report.loss_lower, report.loss_upper]
         assert report.param_change == pytest.approx(float((theta - old).norm()))
         new, new_uncertainty = exact_loss(objective)
@@ -554,8 +555,45 @@ def test_accuracy_goes_back_when_there_is_room():
     method.step(objective)
     assert objective.asked == [1e-2] and method.error_tol == 2e-2
     method.error_tol = 1e-9  # far more than a step that decreases the loss by so much can need
+    method.sure = False  # a value, not the next hypergradient
     method.step(objective)
     assert 1e-4 < objective.asked[1] < 1e-2 and method.error_tol == 2 * objective.asked[1]
+
+
+def test_a_hypergradient_that_accepts_a_step_begins_the_next_one():
+    objective, method, asked = Known([3.0, 2.0, -1.0], [1.0, 2.0, 0.5]), MAID(), []
+    plain = objective.hypergradient
+    objective.hypergradient = lambda **accuracy: asked.append(flatten(objective.theta)) or plain(**accuracy)
+    reports = [method.step(objective) for _ in range(4)]
+    assert all(report.accepted and report.backtracks == 0 for report in reports)
+    # the first step takes a value; every other one ends with the hypergradient that the next one begins with
+    assert len(objective.asked) == 1 and len(asked) == 5
+    assert torch.equal(asked[-1], flatten(objective.theta)) and method.ahead.fits(objective)
+    assert sum((report.cost for report in reports), Cost()).gradients == 5
+    # nothing of it is used where anything has changed
+    assert not method.ahead.fits(Known([3.0, 2.0, -1.0], [1.0, 2.0, 0.5]))
+    objective.exact_term = lambda: (0.1, {})
+    assert not method.ahead.fits(objective)
+    del objective.exact_term
+    assign(objective.theta, 2 * flatten(objective.theta))
+    assert not method.ahead.fits(objective)
+    method.step(objective)
+    assert torch.equal(asked[5], 2 * asked[4])
+
+
+def test_a_trial_that_overshoots_is_followed_by_values():
+    objective, method = Known([3.0, 2.0, -1.0], [1.0, 2.0, 0.5]), MAID()
+    method.step(objective)
+    method.step(objective)
+    assert method.sure and method.ahead is not None
+    loss, bump = objective.loss, [10.0]
+    objective.loss = lambda: loss() + (bump.pop() if bump else 0.0)  # at the next trial
+    report = method.step(objective)
+    assert report.accepted and report.backtracks == 1 and method.ahead is None and not method.sure
+    assert (report.cost.gradients, report.cost.values) == (1, 1 + report.refinements)
+    report = method.step(objective)
+    assert report.accepted and (report.cost.gradients, report.cost.values) == (1, 1 + report.refinements)
+    assert method.ahead is None
 
 
 def test_ill_conditioned_quadratic_is_solved():

@@ -230,7 +230,7 @@ class TotalVariationLinearization(Linearization):
         at, far, _ = self._local_lengths(radius, strong_convexity)
         dq = forward_differences(q)
         length_q = self._lengths(dq)
-        along, across, aside = length_q, None, 0.0
+        along, across, aside = length_q, None, torch.zeros_like(length_q)
         if self.regularizer.isotropic:
             tiny = torch.finfo(q.dtype).tiny
             direction = self.unit / (at.length * self.reciprocal).clamp(min=tiny)

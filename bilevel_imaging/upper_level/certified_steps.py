@@ -13,6 +13,7 @@ from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport
 from bilevel_imaging.upper_level.conditions import gradient_norm_interval
 from bilevel_imaging.upper_level.quasi_newton import assign
+from bilevel_imaging.upper_level.slope import Slope
 
 # losses that a relaxed test compares are computed to this part of the decrease it asks for: it then still implies no
 # increase of the true one
@@ -69,7 +70,7 @@ def check_state(state: dict[str, Any], names: set[str], method: str) -> None:
         raise ValueError(f"Expected a state of {method} with {sorted(missing)}. Got {sorted(state)}.")
 
 
-def certified_stationary(h: Hypergradient, tolerance: float | None) -> str:
+def certified_stationary(h: Hypergradient | Slope, tolerance: float | None) -> str:
     """In words, that ||grad F|| <= tolerance for certain; "" where the certificate does not say so.
 
     Args:
@@ -81,7 +82,7 @@ def certified_stationary(h: Hypergradient, tolerance: float | None) -> str:
     return f"certified stationary: ||grad F|| <= {gradient_norm_interval(h)[1]:.3g}, asked for {tolerance:.3g}"
 
 
-def value_with(h: Hypergradient) -> CertifiedValue:
+def value_with(h: Hypergradient | Slope) -> CertifiedValue:
     """The loss that came with a hypergradient; it cost nothing more."""
     return CertifiedValue(value=h.loss, lower=h.loss_interval[0], upper=h.loss_interval[1], cost=Cost())
 
@@ -96,7 +97,7 @@ def not_worth(predicted: float, tolerance: float, loss: float) -> str:
     return f"predicted decrease below {tolerance:g} of the loss" if predicted < tolerance * abs(loss) else ""
 
 
-def within_certificate(h: Hypergradient) -> str:
+def within_certificate(h: Hypergradient | Slope) -> str:
     """In words, that h is not longer than its certified error, so that it says nothing of a descent; "" otherwise."""
     if h.norm == 0:
         return "the hypergradient is zero"
@@ -193,7 +194,7 @@ def compare(
 
 
 def report(
-    h: Hypergradient,
+    h: Hypergradient | Slope,
     value: CertifiedValue,
     cost: Cost,
     *,

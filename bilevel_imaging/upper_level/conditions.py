@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients import Hypergradient, hypergradient
+from bilevel_imaging.upper_level.slope import Slope
 
 # goals of a refinement, so that storing the estimate in the dtype of theta does not spoil a bound just met
 REFINED_SHARE = 1 - 1e-6
@@ -195,7 +196,7 @@ def descent_direction_certified(h: Hypergradient, eta: float) -> bool | None:
     return 0 < h.norm and h.bound <= (1 - eta) * h.norm if h.certified else None
 
 
-def gradient_norm_interval(h: Hypergradient) -> tuple[float, float]:
+def gradient_norm_interval(h: Hypergradient | Slope) -> tuple[float, float]:
     """Certified interval of ||grad F||: [||h|| - bound, ||h|| + bound], not below 0; (0, inf) if h is not certified.
 
     An upper end below a tolerance is a certificate of stationarity.

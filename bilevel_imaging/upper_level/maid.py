@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
     MAX_STALLED,
@@ -27,6 +26,7 @@ from bilevel_imaging.upper_level.certified_steps import (
 )
 from bilevel_imaging.upper_level.plateaus import flat_moves
 from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, curvature_at_end, flatten
+from bilevel_imaging.upper_level.slope import Ahead, Slope
 
 # factor of the accuracy of a trial value that decides nothing, and how often it is applied
 TIGHTEN, MAX_TIGHTENINGS, MAX_TRIALS = 0.1, 8, 25
@@ -58,9 +58,11 @@ class MAID(UpperLevelMethod):
     After Salehi, Mukherjee, Roberts & Ehrhardt (2023). Where the paper tightens both accuracies whenever a line search
     fails, here every trial is accepted (F_hi(new) <= F_lo(old) - c t <h, P h>), rejected for sure (F_lo(new) >
     F_hi(old) - t <h, P h> / 10: it can't be a good step), or undecided, and only undecided trials are tightened.
-    Directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the curvature at the ends of
-    the steps, where that exceeds the certified errors. A loss is positive: no step is so long that its slope promises
-    more than all of it. Accuracies and the first step come from the problem: nothing needs tuning.
+    After a step that took its first trial at once, the next trial is judged by the hypergradient there, which the step
+    after it begins with. Directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the
+    curvature at the ends of the steps, where that exceeds the certified errors. A loss is positive: no step is so long
+    that its slope promises more than all of it. Accuracies and the first step come from the problem: nothing needs
+    tuning.
 
     Args:
         relative: hypergradients are refined until bound <= relative * ||h|| (C = 1 - eta of the descent test), < 1;
@@ -102,6 +104,8 @@ class MAID(UpperLevelMethod):
         self.step_size = 0.0  # length t of the last accepted step along -P h; 0 before the first; for memory 0
         self.error_tol = 0.0  # accuracy of the last decisive value; 0 before the first
         self.sharpness = 1.0  # half-width of that value over ||grad f|| error_tol: corrected values are far better
+        self.sure = False  # whether the last line search took its first trial at once
+        self.ahead: Ahead | None = None  # the hypergradient where the last step ended, if it came with that
         self.previous: dict[str, Any] | None = None
 
     def step(self, objective: Objective) -> StepReport:
@@ -111,7 +115,8 @@ class MAID(UpperLevelMethod):
             ValueError: the objective takes minibatches.
         """
         require_all_images(objective, "MAID compares losses of all images")
-        h = objective.hypergradient(relative=self.relative)
+        ahead, self.ahead = self.ahead, None
+        h = ahead.slope if ahead is not None and ahead.fits(objective) else self._slope(objective)
         stop = certified_stationary(h, self.stationarity_tol)
         if stop:
             return self._report(h, h, 0.0, 0, 0, 0.0, h.cost, stop)
@@ -127,7 +132,10 @@ class MAID(UpperLevelMethod):
         first = self._first_step(h, direction, slope)
         return self._search(objective, h, theta, direction, slope, first)
 
-    def _look_around(self, objective: Objective, h: Hypergradient, theta: Tensor, stop: str) -> StepReport:
+    def _slope(self, objective: Objective) -> Slope:
+        return Slope.of(objective.hypergradient(relative=self.relative))
+
+    def _look_around(self, objective: Objective, h: Slope, theta: Tensor, stop: str) -> StepReport:
         """Before stopping, try long moves along the flattest directions: a plateau looks stationary from inside.
 
         Smoothed total variation has one: for large smoothing only weight / smoothing matters, and both can fall
@@ -135,6 +143,7 @@ class MAID(UpperLevelMethod):
         """
         moves, spent = flat_moves(objective, h, theta, length=self.largest_move, relative=self.relative)
         cost, refinements = h.cost + spent, 0
+        self.sure = False
         # so far away losses differ a lot: start coarse again instead of with the accuracy of the last line search
         self.error_tol, fine = 0.0, self.error_tol
         for number, move in enumerate(moves):
@@ -152,7 +161,7 @@ class MAID(UpperLevelMethod):
         self.error_tol = fine
         return self._report(h, h, 0.0, refinements, len(moves), 0.0, cost, stop)
 
-    def _learn_curvature(self, theta: Tensor, flat: Tensor, h: Hypergradient) -> None:
+    def _learn_curvature(self, theta: Tensor, flat: Tensor, h: Slope) -> None:
         if self.inverse is None or self.previous is None:
             return
         before = self.previous
@@ -177,7 +186,7 @@ class MAID(UpperLevelMethod):
             return self.inverse.apply(flat)
         return direction
 
-    def _first_step(self, h: Hypergradient, direction: Tensor, slope: float) -> float:
+    def _first_step(self, h: Slope, direction: Tensor, slope: float) -> float:
         largest = float(direction.abs().max())
         if self.inverse is None:
             wanted = 2 * self.step_size or FIRST_MOVE / largest
@@ -189,21 +198,22 @@ class MAID(UpperLevelMethod):
             wanted = min(wanted, h.loss / slope)
         return min(wanted, self.largest_move / largest)
 
-    def _finished(self, h: Hypergradient, slope: float) -> str:
+    def _finished(self, h: Slope, slope: float) -> str:
         known = h.norm > 0 and self.inverse is not None and self.inverse.pairs
         return (not_worth(0.5 * slope, self.tolerance, h.loss) if known else "") or within_certificate(h)
 
-    def _search(self, objective, h: Hypergradient, theta, direction, slope, t: float) -> StepReport:
+    def _search(self, objective, h: Slope, theta, direction, slope, t: float) -> StepReport:
         """Backtrack along -P h until a trial is certified to decrease the loss."""
         cost, refinements = h.cost, 0
         shortened = False
+        ahead, self.sure = self.sure, False
         long_enough = FIRST_MOVE / float(direction.abs().max())
         for backtracks in range(MAX_TRIALS):
             assign(objective.theta, theta - t * direction)
-            trial = self._try(objective, h, self.decrease * t * slope, t * slope)
+            trial = self._try(objective, h, self.decrease * t * slope, t * slope, ahead=ahead and backtracks == 0)
             value, cost, refinements = trial.value, cost + trial.value.cost, refinements + trial.refinements
             if trial.verdict == "accept":
-                self.step_size = t
+                self.step_size, self.sure = t, backtracks == refinements == 0
                 moved = t * float(direction.norm())
                 return self._report(h, value, t, refinements, backtracks, moved, cost, "")
             if trial.verdict == "undecided":
@@ -221,19 +231,28 @@ class MAID(UpperLevelMethod):
             self.step_size, self.growth, stop = 0.0, 1.0, ""
         return self._report(h, h, 0.0, refinements, backtracks, 0.0, cost, stop)
 
-    def _try(self, objective: Objective, h: Hypergradient, needed: float, promised: float) -> _Trial:
+    def _try(self, objective: Objective, h: Slope, needed: float, promised: float, *, ahead: bool = False) -> _Trial:
         """Tighten the value at the trial until it is certainly below the old loss - needed, or certainly too high.
 
         Too high is a decrease of less than a part of what the slope ``promised``; where that is inf, of ``needed``.
+        ``ahead``: the trial is taken for the next point, whose hypergradient knows the loss better than a value does.
         """
         lower, upper = h.loss_interval
         certified = h.certified and upper < math.inf
         wanted = max(needed, SUFFICIENT * promised) if promised < math.inf else needed
+        total = Cost()
+        if ahead and certified and self.inverse is not None and self.inverse.pairs:
+            there = self._slope(objective)
+            value, total = value_with(there), there.cost
+            verdict = self._compare(value, lower - needed, upper - wanted)
+            if verdict == "accept":
+                self.ahead = Ahead.at(objective, there)
+            if verdict in ("accept", "reject"):
+                return _Trial(verdict, replace(value, cost=total), 0)
         # coarser, or coarser than the last one after a large drop of the loss, could decide nothing
         size = max(2 * abs(h.loss), 1e-12) ** 0.5  # about ||grad f||
         coarsest = min(first_error_tol(h.loss), COARSEST * promised / (size * self.sharpness))
         error_tol = max(min(self.error_tol or math.inf, coarsest), FINEST * coarsest)
-        total = Cost()
         width = math.inf
         refinement = stalled = 0
         while True:
@@ -275,7 +294,7 @@ class MAID(UpperLevelMethod):
         return min(max(0.5 * predicted / curvature, 0.1), 0.5) if curvature > 0 else 0.5
 
     def _report(self, h, value, t, refinements, backtracks, moved, cost, stop) -> StepReport:
-        after = value_with(value) if isinstance(value, Hypergradient) else value
+        after = value_with(value) if isinstance(value, Slope) else value
         counts = {"refinements": refinements, "backtracks": backtracks}
         return report(h, after, cost, step_size=t, moved=moved, stop=stop, **counts)
 
@@ -286,17 +305,21 @@ class MAID(UpperLevelMethod):
             "step_size": self.step_size,
             "error_tol": self.error_tol,
             "sharpness": self.sharpness,
+            "sure": self.sure,
+            "ahead": None if self.ahead is None else self.ahead.state_dict(),
             "previous": self.previous,
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        check_state(state, set(self.state_dict()), "MAID")
+        check_state(state, set(self.state_dict()) - {"sure", "ahead"}, "MAID")  # which older states have not
         if (state["inverse"] is None) != (self.inverse is None):
             raise ValueError("Expected a state of the same kind of directions (memory 0 or more). Got the other.")
         for name in ("growth", "step_size", "error_tol", "sharpness"):
             setattr(self, name, float(state[name]))
+        self.sure, ahead = bool(state.get("sure", False)), state.get("ahead")
+        self.ahead = None if ahead is None else Ahead.from_state(ahead)
         self.previous = None if state["previous"] is None else dict(state["previous"])
         if self.inverse is not None:
             self.inverse.load_state_dict(state["inverse"])

@@ -9,6 +9,7 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import Objective
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
+from bilevel_imaging.upper_level.slope import Slope
 
 # up to this many parameters, stationary points are checked for being plateaus
 FEW_PARAMETERS = 16
@@ -17,7 +18,7 @@ PROBE = 0.1
 
 
 def flat_moves(
-    objective: Objective, h: Hypergradient, theta: Tensor, *, length: float, relative: float
+    objective: Objective, h: Hypergradient | Slope, theta: Tensor, *, length: float, relative: float
 ) -> tuple[list[Tensor], Cost]:
     """Moves both ways along the eigenvectors of the Hessian, flattest first, and the work spent on it.
 
