@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import deepinv
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import number
 from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.lower_solvers import LowerSolver
@@ -65,6 +67,12 @@ def save_regularizer(
     """
     from safetensors.torch import save
 
+    if not 0 <= number("ridge", ridge, "a finite number >= 0") < math.inf:
+        raise ValueError(f"Expected ridge as a finite number >= 0. Got {ridge!r}.")
+    numbers = {"noise_level": noise_level, **(constants or {})}
+    for key, value in numbers.items():
+        if value is not None and not math.isfinite(number(key, value)):
+            raise ValueError(f"Expected {key} as a finite number. Got {value!r}.")
     name = type(regularizer).__name__
     if REGULARIZERS.get(_registered(name)) is not type(regularizer):
         raise ValueError(f"Expected a class of REGULARIZERS, so that it can be loaded. Got {name}; add it there.")

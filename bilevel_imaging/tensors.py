@@ -82,7 +82,10 @@ def as_per_sample(value: float | Tensor, reference: Tensor, name: str) -> Tensor
         ValueError: if a tensor of another length is given, or a value is NaN or negative.
     """
     batch = reference.shape[0]
-    result = torch.as_tensor(value, dtype=reference.dtype, device=reference.device).detach()
+    try:
+        result = torch.as_tensor(value, dtype=reference.dtype, device=reference.device).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"Expected {name} as one float or one value per sample. Got {value!r}.") from None
     if result.dim() == 0:
         result = result.expand(batch)
     if result.shape != (batch,):

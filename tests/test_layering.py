@@ -9,7 +9,7 @@ import bilevel_imaging
 
 ROOT = Path(bilevel_imaging.__file__).parent
 LAYERS = [
-    {"_version", "tensors", "errors", "cost", "derivatives", "kernels", "native", "transforms"},
+    {"_version", "checks", "tensors", "errors", "cost", "derivatives", "kernels", "native", "transforms"},
     {"regularizers", "energies"},
     {"lower_solvers", "linear_solvers"},
     {"certificates"},

@@ -57,6 +57,11 @@ OPERATORS: dict[str, Entry] = {
         (2, 1, 8, 9),
         TIGHT,
     ),
+    "downsampling_wrapped": (  # deepinv's filter is larger than the image
+        lambda: Downsampling((1, 8, 8), filter="gaussian", factor=2, padding="circular").double(),
+        (2, 1, 8, 8),
+        TIGHT,
+    ),
     "downsampling_no_size": (lambda: Downsampling(filter=kernel(), factor=3), (2, 1, 6, 9), TIGHT),
     "tomography": (tomography, (2, 1, 7, 7), TIGHT),
     "tomography_circle": (lambda: tomography(circle=True), (2, 1, 7, 7), TIGHT),

@@ -7,7 +7,7 @@ import torch
 from deepinv.physics import MRI, Blur, BlurFFT, Denoising, Inpainting, LinearPhysics
 from torch import Tensor
 
-from bilevel_imaging.energies.circulant import CirculantTerm
+from bilevel_imaging.energies.circulant import CirculantTerm, circular_response
 from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm, MaskTerm
 from bilevel_imaging.energies.generic import generic_term
 from bilevel_imaging.energies.mri import MRITerm
@@ -46,12 +46,7 @@ def data_term(y: Tensor, physics: deepinv.physics.Physics) -> DataTerm:
         return _circulant(y, transfer)
     if kind is Blur and physics.padding == "circular":
         _check_real(physics.filter, "filter")
-        delta = y.new_zeros((1, physics.filter.shape[1], *y.shape[-2:]), dtype=torch.float64)
-        delta[..., 0, 0] = 1
-        delta = delta.expand(physics.filter.shape[0], -1, -1, -1)
-        kernel = physics.filter.double()
-        response = deepinv.physics.functional.conv2d(delta, filter=kernel, padding="circular")
-        return _circulant(y, torch.fft.rfft2(response))
+        return _circulant(y, torch.fft.rfft2(circular_response(physics.filter, y.shape[-2:])))
     if kind is MRI:
         return _mri(y, physics.mask)
     if isinstance(physics, LinearPhysics):
@@ -74,7 +69,9 @@ def _mri(y: Tensor, mask: Tensor) -> MRITerm:
     return MRITerm(y, mask)
 
 
-def _check_real(parameter: Tensor, name: str) -> None:
+def _check_real(parameter: Tensor | None, name: str) -> None:
+    if parameter is None:
+        raise ValueError(f"Expected a physics with a {name}. Got None.")
     if parameter.is_complex():
         raise ValueError(f"Expected a real {name} of the physics. Got {parameter.dtype}; images are real.")
     if not all_finite(parameter):

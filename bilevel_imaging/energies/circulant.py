@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from deepinv.physics.functional import conv2d
 from torch import Tensor
 
 from bilevel_imaging import native
@@ -118,6 +119,16 @@ class CirculantTerm(DataTerm):
         if key not in self._separated:
             self._separated[key] = native.separable(transfer(), self.y.shape[-1], self.y.dtype)
         return self._separated[key]
+
+
+def circular_response(kernel: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """What deepinv's circular convolutions make of a point at the origin, float64 ``(b, c, *size)``.
+
+    A kernel larger than the image is wrapped around it.
+    """
+    delta = torch.zeros((1, kernel.shape[1], *size), dtype=torch.float64, device=kernel.device)
+    delta[..., 0, 0] = 1
+    return conv2d(delta.expand(kernel.shape[0], -1, -1, -1), filter=kernel.double(), padding="circular")
 
 
 def _times(a: Tensor, b: Tensor) -> Tensor:

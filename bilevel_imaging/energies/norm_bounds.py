@@ -15,6 +15,7 @@ from deepinv.physics import Blur, Downsampling, MultiCoilMRI, Tomography
 from deepinv.physics.functional import conv2d, conv_transpose2d
 from torch import Tensor
 
+from bilevel_imaging.energies.circulant import circular_response
 from bilevel_imaging.energies.matrix_physics import MatrixPhysics
 from bilevel_imaging.energies.operators import Operator
 
@@ -92,9 +93,12 @@ def _convolution(kernel: Tensor, padding: str, factor: int, shape: torch.Size) -
     bound = collatz_wielandt(normal, start)
     if padding not in ("reflect", "replicate"):
         size = tuple(shape[-2:])
-        if padding != "circular":
+        if padding == "circular":
+            transfer = torch.fft.fft2(circular_response(kernel, size))
+        else:
             size = tuple(n + k - 1 for n, k in zip(size, kernel.shape[-2:], strict=True))
-        power = torch.fft.fft2(kernel, s=size).abs().square()
+            transfer = torch.fft.fft2(kernel, s=size)
+        power = transfer.abs().square()
         if padding == "circular" and size[0] % factor == 0 and size[1] % factor == 0:
             # A A^T is a circular convolution too: what is aliased adds up
             rows, columns = size[0] // factor, size[1] // factor

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging import native
+from bilevel_imaging.checks import number
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization, Metric
 from bilevel_imaging.energies.binding import data_term
@@ -57,7 +58,7 @@ class VariationalEnergy(nn.Module):
             )
         if data_fidelity not in self.DATA_FIDELITIES:
             raise ValueError(f"Unknown data_fidelity {data_fidelity!r}. Choose from {list(self.DATA_FIDELITIES)}.")
-        if not 0 <= ridge < float("inf"):
+        if not 0 <= number("ridge", ridge, "a finite number >= 0") < float("inf"):
             raise ValueError(f"Expected ridge as a finite number >= 0. Got {ridge!r}.")
         if not (data_weight is None or isinstance(data_weight, DataWeight)):
             raise ValueError(
@@ -112,6 +113,7 @@ class VariationalEnergy(nn.Module):
         # compiled code takes the numbers in memory as they are
         y = y.detach().resolve_neg()
         data = weighted(data_term(y, physics), self.data_weight, type(physics).__name__)
+        self.regularizer.check_shape(data.shape)
         return VariationalProblem(self, data, y.dtype, Cost())
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
@@ -140,8 +141,7 @@ class Request:
         started, before = time.perf_counter(), problem.cost.copy()
         if method not in UNROLLED_METHODS:
             raise ValueError(f"Unknown method {method!r}. Choose from {sorted(UNROLLED_METHODS)}.")
-        if steps < 1:
-            raise ValueError(f"Expected steps >= 1. Got {steps}.")
+        whole("steps", steps, 1)
         if not problem.theta:
             raise ValueError("Expected at least one parameter with requires_grad=True in the energy. Got none.")
         start = problem.initial() if x0 is None else x0

@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import instance, whole
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import Estimate, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.refinement import Refiner
+from bilevel_imaging.hypergradients.requests import check_accuracy, check_solvers
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.tensors import all_finite, as_per_sample, length, norm
 
-CERTIFICATES = ("auto", "classical", "directional", "metric", "local", "polished")
 MAX_CORRECTIONS = 10
 # with a relative goal, the first solves are as accurate as this times its root, relative to ||x|| and ||grad f||
 FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 1e-4, 0.7, 1 / 3
@@ -76,8 +77,12 @@ def hypergradient(
     Raises:
         ValueError: unknown certificate, contradictory or invalid accuracies, shapes that do not fit, no parameters.
     """
-    _check_request(problem, certificate, error_tol, residual_tol, relative, bound_tol)
+    check_accuracy(problem, certificate, (error_tol, residual_tol), relative, bound_tol)
+    check_solvers(lower, linear)
+    max_rounds = whole("max_rounds", max_rounds, 0)
     for name, given in (("x0", x0), ("q0", q0)):
+        if given is not None:
+            instance(name, given, Tensor, "a tensor of the shape of the images, or None")
         if given is not None and not all_finite(given):
             raise ValueError(f"Expected {name} with finite entries. Got NaN or infinity; leave it out to start cold.")
     start, before = time.perf_counter(), problem.cost.copy()
@@ -120,27 +125,6 @@ class _Goal:
             return f"bound {bound:.3g} instead of {self.bound_tol:.3g}"
         achieved = bound / norm if norm > 0 else float("inf")
         return f"relative bound {achieved:.3g} instead of {self.relative:.3g}"
-
-
-def _check_request(problem, certificate, error_tol, residual_tol, relative, bound_tol) -> None:
-    if certificate not in CERTIFICATES:
-        raise ValueError(f"Unknown certificate {certificate!r}. Choose from {list(CERTIFICATES)}.")
-    if not problem.theta:
-        raise ValueError("Expected at least one learnable parameter in the energy. Got none with requires_grad=True.")
-    modes = (error_tol is not None or residual_tol is not None, relative is not None, bound_tol is not None)
-    if sum(modes) != 1:
-        raise ValueError(
-            "Expected exactly one of: error_tol and residual_tol, relative, bound_tol. Got "
-            f"error_tol={error_tol}, residual_tol={residual_tol}, relative={relative}, bound_tol={bound_tol}."
-        )
-    for name, value in (("relative", relative), ("bound_tol", bound_tol)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"Expected {name} as a positive number, e.g. 0.1. Got {value!r}.")
-    if certificate == "metric" and problem.metric() is None:
-        raise ValueError(
-            "The metric certificate needs a data term with a cheap inverse and A^T A + ridge I positive definite. "
-            "Choose certificate='auto', 'classical', 'directional' or 'polished'."
-        )
 
 
 def _solve_at(refiner: Refiner, x0, q0, error_tol, residual_tol) -> Estimate:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from bilevel_imaging.checks import instance
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.variational import VariationalEnergy, VariationalProblem
 from bilevel_imaging.errors import NotCertifiedWarning
@@ -19,6 +20,7 @@ from bilevel_imaging.hypergradients._replay import Replay
 from bilevel_imaging.hypergradients.evaluation import Estimate, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.refinement import Refiner
+from bilevel_imaging.hypergradients.requests import check_solvers
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.tensors import all_finite, inner, norm
@@ -74,6 +76,8 @@ class BilevelReconstructor(deepinv.models.Reconstructor):
         residual_tol: float | None = None,
     ):
         super().__init__()
+        instance("energy", energy, VariationalEnergy, "a VariationalEnergy, e.g. VariationalEnergy(TotalVariation())")
+        check_solvers(lower, linear)
         self.energy = energy
         self.lower, self.linear = lower or NewtonCG(), linear or ConjugateGradient()
         self.error_tol, self.residual_tol = error_tol, residual_tol

@@ -24,6 +24,12 @@ class LossOracle:
         if not isinstance(x_true, Tensor) or x_true.shape != shape:
             got = tuple(x_true.shape) if isinstance(x_true, Tensor) else type(x_true).__name__
             raise ValueError(f"Expected x_true of the shape of the images, {tuple(shape)}. Got {got}.")
+        if x_true.is_complex():
+            raise ValueError(
+                f"Expected a real x_true, complex images as two channels (torch.view_as_real). Got {x_true.dtype}."
+            )
+        if not callable(loss):
+            raise ValueError(f"Expected a loss(x, x_true) -> (B,), e.g. SquaredError(). Got {loss!r}.")
         if not all_finite(x_true):
             raise ValueError("Expected a finite ground truth. Got NaN or inf in x_true.")
         self.loss, self.x_true = loss, x_true.detach()

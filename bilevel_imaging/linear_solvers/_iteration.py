@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.linear_solvers._systems import (
     DONE,
@@ -94,8 +95,7 @@ class IterativeSolver(LinearSolver):
     residual_is_true: bool
 
     def __init__(self, *, max_iter: int, preconditioner: PreconditionerChoice = None):
-        if max_iter < 0:
-            raise ValueError(f"Expected max_iter >= 0. Got {max_iter}.")
+        max_iter = whole("max_iter", max_iter, 0)
         if not (preconditioner is None or preconditioner == "auto" or callable(preconditioner)):
             raise ValueError(f'Expected preconditioner None, "auto" or a callable. Got {preconditioner!r}.')
         self.max_iter = max_iter
@@ -126,7 +126,7 @@ class IterativeSolver(LinearSolver):
         """``solve``; with ``check=False`` the recursed residual is believed, which saves the last product."""
         validate(linearization, rhs, q0)
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
-        limit = self.max_iter if max_iter is None else max_iter
+        limit = self.max_iter if max_iter is None else whole("max_iter", max_iter, 0)
         operator = Operator(linearization, self.preconditioner)
         scale = units(norm(rhs), rhs)
         systems = start(operator, rhs.detach(), q0, tol, scale)

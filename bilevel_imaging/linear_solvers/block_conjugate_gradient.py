@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.linear_solvers._block_algebra import combine, gram, orthonormalize, product
 from bilevel_imaging.linear_solvers._iteration import _RESTART_GAIN, _STEPS_BETWEEN_CHECKS
@@ -142,9 +143,7 @@ class BlockConjugateGradient:
     """
 
     def __init__(self, *, max_iter: int = 2000):
-        if max_iter < 0:
-            raise ValueError(f"Expected max_iter >= 0. Got {max_iter}.")
-        self.max_iter = max_iter
+        self.max_iter = whole("max_iter", max_iter, 0)
 
     @torch.no_grad()
     def solve(
@@ -167,7 +166,7 @@ class BlockConjugateGradient:
             ValueError: wrong shapes or dtypes, negative or NaN tolerances.
         """
         tol = _validated_tol(linearization, rhs, residual_tol)
-        limit = self.max_iter if max_iter is None else max_iter
+        limit = self.max_iter if max_iter is None else whole("max_iter", max_iter, 0)
         operator = Operator(linearization, None)
         finite = rhs.isfinite().flatten(2).all(2)
         scale = binary_scale(rhs.flatten(0, 1)).reshape(tol.shape)

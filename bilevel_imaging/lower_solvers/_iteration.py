@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.lower_solvers.base import CERTIFIED_SLACK, LowerSolution, LowerSolver
 from bilevel_imaging.tensors import as_per_sample, norm, per_sample
@@ -179,7 +180,7 @@ class IterativeSolver(LowerSolver):
     _line_search = False
 
     def __init__(self, max_iter: int):
-        self.max_iter = _iteration_limit(max_iter)
+        self.max_iter = whole("max_iter", max_iter, 0)
 
     def solve(
         self,
@@ -190,7 +191,7 @@ class IterativeSolver(LowerSolver):
         max_iter: int | None = None,
     ) -> LowerSolution:
         """See :meth:`LowerSolver.solve`; without a known mu the stop test is ||G|| <= error_tol, nothing certified."""
-        limit = self.max_iter if max_iter is None else _iteration_limit(max_iter)
+        limit = self.max_iter if max_iter is None else whole("max_iter", max_iter, 0)
         with torch.no_grad():
             run = Run(problem, x0, error_tol)
             gradient = problem.grad(run.x)
@@ -237,12 +238,6 @@ def _known(value: Tensor | None, x: Tensor, *, unknown: float) -> Tensor:
         return x.new_full((x.shape[0],), unknown)
     value = value.detach().to(x)
     return torch.where((value > 0) & value.isfinite(), value, unknown)
-
-
-def _iteration_limit(max_iter: int) -> int:
-    if max_iter < 0:
-        raise ValueError(f"Expected max_iter >= 0. Got {max_iter}.")
-    return max_iter
 
 
 def _reason(converged: bool, active: bool, stagnated: bool) -> str:

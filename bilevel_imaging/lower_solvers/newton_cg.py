@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.derivatives import Linearization, NewtonModel, Preconditioner
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.linear_solvers._systems import PreconditionerChoice
@@ -84,8 +85,7 @@ class NewtonCG(LowerSolver):
     """
 
     def __init__(self, *, max_iter: int = 200, max_inner: int = 1000, preconditioner: PreconditionerChoice = "auto"):
-        if max_iter < 0 or max_inner < 1:
-            raise ValueError(f"Expected max_iter >= 0 and max_inner >= 1. Got {max_iter} and {max_inner}.")
+        max_iter, max_inner = whole("max_iter", max_iter, 0), whole("max_inner", max_inner, 1)
         self.max_iter = max_iter
         self.inner_solver = ConjugateGradient(max_iter=max_inner, preconditioner=preconditioner)
 
@@ -104,7 +104,7 @@ class NewtonCG(LowerSolver):
             raise ValueError(
                 f"Expected x0 of shape {tuple(problem.shape)} and {problem.dtype}. Got {tuple(x.shape)}, {x.dtype}."
             )
-        limit, cold = self.max_iter if max_iter is None else max_iter, x0 is None
+        limit, cold = self.max_iter if max_iter is None else whole("max_iter", max_iter, 0), x0 is None
         error_tol = as_per_sample(error_tol, x, "error_tol")
         descent = None if callable(self.inner_solver.preconditioner) else problem.descent()
         if descent is not None:

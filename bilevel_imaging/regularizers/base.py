@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging import native
+from bilevel_imaging.checks import number
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.parameters import LARGEST, ordered
 
@@ -161,6 +162,14 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         with torch.no_grad():
             return linearization.mixed_vjp(q.detach())
 
+    def check_shape(self, shape: torch.Size) -> None:  # noqa: B027
+        """Refuse images ``(B, C, H, W)`` of a shape that this can't be applied to; anything goes where it is not
+        overridden.
+
+        Raises:
+            ValueError: naming the shape.
+        """
+
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         """True bounds for images of this shape ``(B, C, H, W)``, each ``(B,)`` float64; ``None`` where unknown."""
         return Constants(reason=f"{type(self).__name__} declares no constants (override constants())")
@@ -189,8 +198,8 @@ def positive_parameter(value: float, name: str, learn: bool) -> nn.Parameter:
     Raises:
         ValueError: if the value is not a positive finite number, or one that computations can't begin with.
     """
-    tensor = torch.as_tensor(value, dtype=torch.float64)
-    if tensor.dim() != 0 or not bool(torch.isfinite(tensor)) or float(tensor) <= 0:
+    tensor = torch.tensor(number(name, value, "a positive finite number"), dtype=torch.float64)
+    if not bool(torch.isfinite(tensor)) or float(tensor) <= 0:
         raise ValueError(f"Expected {name} as a positive finite number. Got {value!r}.")
     largest = LARGEST[torch.float64]
     if not 1 / largest <= float(tensor) <= largest:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging.checks import whole, whole_numbers
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.fields_of_experts import start_filters
 from bilevel_imaging.regularizers.potentials import Profile
@@ -71,9 +72,7 @@ class ConvexRidge(RidgeRegularizer):
         learn_potentials: bool = True,
         learn_filters: bool = True,
     ):
-        features = [int(count) for count in features]
-        if not features or min(features) < 1 or knots < 2:
-            raise ValueError(f"Expected features >= 1 and knots >= 2. Got {features} and {knots}.")
+        features, knots = whole_numbers("features", features), whole("knots", knots, 2)
         for name, value in (("reach", reach), ("curvature", curvature), ("level", level)):
             positive_parameter(value, name, False)  # refuses what is not a positive number
         super().__init__(_start_layers(features, size, channels, start, seed), boundary, learn_filters)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.potentials import FAMILIES, Profile, ScaledFamily
 from bilevel_imaging.regularizers.ridge import RidgeRegularizer
@@ -124,17 +125,18 @@ def start_filters(start: str, count: int | None, size: int, channels: int, seed:
     """
     if start not in STARTS:
         raise ValueError(f"Unknown start {start!r}. Choose from {list(STARTS)}.")
-    if size < 3 or size % 2 == 0 or channels < 1:
-        raise ValueError(f"Expected an odd filter size >= 3 and channels >= 1. Got {size} and {channels}.")
+    size, channels = whole("filter size", size, 3), whole("channels", channels, 1)
+    if size % 2 == 0:
+        raise ValueError(f"Expected an odd filter size >= 3. Got {size}.")
     most = channels * (size**2 - 1)
-    count = most if count is None else count
-    if count < 1 or (start == "dct" and count > most):
+    count = most if count is None else whole("count of filters", count, 1)
+    if start == "dct" and count > most:
         raise ValueError(
             f"Expected 1 to {most} filters of the cosine basis of size {size} and {channels} channels. Got {count}; "
             "choose start='random' for more."
         )
     if start == "random":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(whole("seed", seed, 0))
         filters = torch.randn((count, channels, size, size), generator=generator, dtype=torch.float64)
     else:
         basis = _cosines(size)

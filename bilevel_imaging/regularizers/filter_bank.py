@@ -266,13 +266,22 @@ def extend(x: Tensor, margin: int, boundary: str) -> Tensor:
         return x
     if boundary == "zero":
         return functional.pad(x, (margin,) * 4)
-    if margin > min(x.shape[-2:]):
-        raise ValueError(
-            f"Expected images of at least {margin} x {margin} pixels for filters of size {2 * margin + 1}. Got "
-            f"{x.shape[-2]} x {x.shape[-1]}; choose smaller filters or boundary='zero'."
-        )
+    check_margin(margin, boundary, x.shape)
     x = torch.cat([x[..., :margin].flip(-1), x, x[..., -margin:].flip(-1)], -1)
     return torch.cat([x[..., :margin, :].flip(-2), x, x[..., -margin:, :].flip(-2)], -2)
+
+
+def check_margin(margin: int, boundary: str, shape: torch.Size) -> None:
+    """Refuse images ``(..., H, W)`` that are too small to be continued.
+
+    Raises:
+        ValueError: a symmetric margin wider than the image.
+    """
+    if boundary != "zero" and margin > min(shape[-2:]):
+        raise ValueError(
+            f"Expected images of at least {margin} x {margin} pixels for filters of size {2 * margin + 1}. Got "
+            f"{shape[-2]} x {shape[-1]}; choose smaller filters or boundary='zero'."
+        )
 
 
 def fold_back(x: Tensor, margin: int, boundary: str) -> Tensor:

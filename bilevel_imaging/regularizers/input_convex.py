@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, logsigmoid, softplus
 
+from bilevel_imaging.checks import number, whole, whole_numbers
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.input_convex_bounds import NetworkBounds
@@ -56,17 +57,14 @@ class InputConvex(Regularizer):
         seed: int = 0,
     ):
         super().__init__()
-        sizes = [channels, *features, kernel_size]
-        if not len(features) or not all(isinstance(n, int) and n > 0 for n in sizes) or kernel_size % 2 == 0:
-            raise ValueError(
-                "Expected positive integers as channels, features (one or more) and an odd kernel_size. "
-                f"Got {channels!r}, {features!r}, {kernel_size!r}."
-            )
-        if not 0 <= strong < math.inf:
+        channels, features = whole("channels", channels, 1), whole_numbers("features", features)
+        if whole("kernel_size", kernel_size, 1) % 2 == 0:
+            raise ValueError(f"Expected an odd kernel_size. Got {kernel_size}.")
+        if not 0 <= number("strong", strong, "a finite number >= 0") < math.inf:
             raise ValueError(f"Expected strong as a finite number >= 0. Got {strong!r}.")
         for value, name in ((beta, "beta"), (weight, "weight")):
             positive_parameter(value, name, False)  # refuses what is not a positive number
-        self.channels, self.features, self.kernel_size = channels, tuple(features), kernel_size
+        self.channels, self.features, self.kernel_size = channels, features, kernel_size
         self.beta, self.strong = float(beta), float(strong)
         generator = torch.Generator().manual_seed(seed)
         previous = (0, *self.features[:-1])
@@ -101,14 +99,17 @@ class InputConvex(Regularizer):
             "strong": self.strong,
         }
 
+    def check_shape(self, shape: torch.Size) -> None:
+        if len(shape) != 4 or shape[1] != self.channels:
+            raise ValueError(f"Expected images (B, {self.channels}, H, W). Got shape {tuple(shape)}; see channels.")
+
     def weights_like(self, x: Tensor) -> Weights:
         """The kernels of the network in the dtype of x ``(B, C, H, W)``.
 
         Raises:
             ValueError: if C is not the number of channels.
         """
-        if x.dim() != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"Expected images (B, {self.channels}, H, W). Got shape {tuple(x.shape)}; see channels.")
+        self.check_shape(x.shape)
         return Weights(
             [kernel.to(x.dtype) for kernel in self.input_kernels],
             [softplus(kernel.double()).to(x.dtype) for kernel in self.hidden_kernels],

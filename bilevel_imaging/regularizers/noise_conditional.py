@@ -94,6 +94,9 @@ class NoiseConditional(Regularizer):
             )
         return self._with(levels)
 
+    def check_shape(self, shape: torch.Size) -> None:
+        self.regularizer.check_shape(shape)
+
     def subset(self, index: Tensor) -> NoiseConditional:
         """The regularizer for the images ``index`` (int64) of the batch."""
         if self.levels is None or self.levels.dim() == 0:

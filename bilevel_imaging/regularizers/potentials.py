@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bilevel_imaging import native
 
@@ -166,8 +167,9 @@ def _smoothed_absolute_derivatives(t: Tensor, nu: Tensor) -> tuple[Tensor, Tenso
 
 
 def _log_cosh(t: Tensor, nu: Tensor) -> Tensor:
-    size = (t / nu).abs()
-    return nu * (size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
+    # no |t|, whose derivatives by autograd are 0 at 0; above the threshold softplus(v) is v to the last digit
+    u = t / nu
+    return nu * (u + functional.softplus(-2 * u, threshold=50) - math.log(2))
 
 
 def _log_cosh_derivatives(t: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
-from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, Part
+from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, Part, check_margin
 from bilevel_imaging.regularizers.filter_chain import compose, jacobian_bound, normalize
 from bilevel_imaging.regularizers.potentials import Profile
 from bilevel_imaging.regularizers.ridge_linearization import RidgeLinearization
@@ -183,12 +183,19 @@ class RidgeRegularizer(Regularizer):
 
     def _planes(self, x: Tensor) -> int:
         """How often the filters are applied to an image: once, or to every channel if they have one."""
-        if x.dim() != 4 or (self.channels > 1 and x.shape[1] != self.channels):
+        self._check_channels(x.shape)
+        return x.shape[1] // self.channels
+
+    def _check_channels(self, shape: torch.Size) -> None:
+        if len(shape) != 4 or (self.channels > 1 and shape[1] != self.channels):
             raise ValueError(
                 f"Expected images (B, {self.channels}, H, W) for filters of {self.channels} channels. Got "
-                f"{tuple(x.shape)}."
+                f"{tuple(shape)}."
             )
-        return x.shape[1] // self.channels
+
+    def check_shape(self, shape: torch.Size) -> None:
+        self._check_channels(shape)
+        check_margin(sum(layer.shape[-1] // 2 for layer in self.filter_layers), self.boundary, shape)
 
     def _bank(self, x: Tensor) -> FilterBank:
         """The filters for images like x, differentiable in the parameters."""

@@ -56,17 +56,17 @@ class SplineProfile(Profile):
 
     @blockwise
     def value(self, z: Tensor) -> Tensor:
-        size = z.abs()
+        size, _ = _folded(z)
         piece = self._piece(size)
         a, b, c, d = (self._coefficient(k, piece) for k in range(4))
         return a + size * (b + size * (c + size * d))
 
     @blockwise
     def _slope(self, z: Tensor) -> Tensor:
-        size = z.abs()
+        size, sign = _folded(z)
         piece = self._piece(size)
         b, c, d = (self._coefficient(k, piece) for k in range(1, 4))
-        return z.sign() * (b + size * (2 * c + 3 * size * d))
+        return sign * (b + size * (2 * c + 3 * size * d))
 
     @blockwise
     def _slope_and_curvature(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,14 @@ class SplineProfile(Profile):
             sums.append(order * torch.bincount(piece, odd, minlength=self.flat.shape[1]))
             odd = odd * size
         return torch.stack(sums).view(3, *self.tables.shape[1:])
+
+
+def _folded(z: Tensor) -> tuple[Tensor, Tensor]:
+    """|z|, and the sign of z, which is 1 at 0: autograd then has the derivatives of z^2 there."""
+    if not torch.is_grad_enabled():
+        return z.abs(), z.sign()
+    sign = torch.where(z < 0, -torch.ones_like(z), torch.ones_like(z)).detach()
+    return z * sign, sign
 
 
 def _pieces(curvatures: Tensor, reach: Tensor) -> Tensor:

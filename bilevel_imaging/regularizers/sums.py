@@ -53,6 +53,10 @@ class Sum(Regularizer):
         """Constructor arguments that rebuild this regularizer (parameters are stored separately)."""
         return {"parts": [describe_part(part) for part in self.regularizers]}
 
+    def check_shape(self, shape: torch.Size) -> None:
+        for part in self.regularizers:
+            part.check_shape(shape)
+
     def fn(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.stack([part.value(x) for part in self.regularizers]).sum(0)
 
@@ -122,6 +126,9 @@ class Scaled(Regularizer):
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this regularizer (parameters are stored separately)."""
         return {"regularizer": describe_part(self.regularizer), "learn_weight": self.log_weight.requires_grad}
+
+    def check_shape(self, shape: torch.Size) -> None:
+        self.regularizer.check_shape(shape)
 
     def _weight(self, x: Tensor) -> Tensor:
         # exponentiated in float64: the stored number is what defines R

@@ -279,8 +279,8 @@ class TotalVariationLinearization(Linearization):
                 outside = differences_adjoint((rest * field).expand_as(self.unit))
                 columns.append(inside.transpose(0, 1).flatten(1).sum(1) + outside.flatten(1).square().sum(1) / mu)
             squares = torch.stack(columns)
-        chosen = [j for j, name in enumerate(("log_weight", "log_smoothing")) if name in trainable]
-        return squares[chosen].T.nan_to_num(nan=torch.inf).sqrt() * (1 + 1e-4)
+        chosen = [row for row, name in zip(squares, ("log_weight", "log_smoothing"), strict=True) if name in trainable]
+        return torch.stack(chosen, 1).nan_to_num(nan=torch.inf).sqrt() * (1 + 1e-4)
 
     def _group_double(self, z: Tensor) -> Tensor:
         return self.regularizer._group(z.double().square())

@@ -15,7 +15,7 @@ from torch import Tensor
 from bilevel_imaging.data import Batch
 from bilevel_imaging.derivatives import Constants
 from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
-from bilevel_imaging.hypergradients import Hypergradient, average, hypergradient
+from bilevel_imaging.hypergradients import Hypergradient, average, check_certificate, check_solvers, hypergradient
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver, Recycled
 from bilevel_imaging.lower_solvers import GradientDescent, LowerSolver, NewtonCG
@@ -89,6 +89,8 @@ class MeanObjective(abc.ABC):
         warm: WarmStarts,
         penalty: SamplingPenalty | None = None,
     ):
+        check_solvers(lower, linear)
+        check_certificate(certificate)
         self.energy = energy
         self.theta: dict[str, Tensor] = energy.theta
         self.loss = SquaredError() if loss is None else loss

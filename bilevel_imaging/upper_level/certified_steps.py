@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from bilevel_imaging.checks import number
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
-from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport
+from bilevel_imaging.upper_level.base import CertifiedValue, Objective, SampledObjective, StepReport
 from bilevel_imaging.upper_level.conditions import gradient_norm_interval
 from bilevel_imaging.upper_level.quasi_newton import assign
 from bilevel_imaging.upper_level.slope import Slope
@@ -38,12 +39,27 @@ def require_all_images(objective: Objective, what: str) -> None:
         raise ValueError(f"Expected an objective without minibatches: {what}.")
 
 
+def require_problems(objective: Objective) -> SampledObjective:
+    """The objective, unless it keeps its lower-level problems to itself.
+
+    Raises:
+        ValueError: not a :class:`SampledObjective`.
+    """
+    if not isinstance(objective, SampledObjective):
+        raise ValueError(
+            "Expected an objective that hands out lower-level problems (SampledObjective). Got "
+            f"{type(objective).__name__}; use BilevelObjective."
+        )
+    return objective
+
+
 def check_range(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:
     """Refuse numbers outside (low, high); ``closed`` allows low itself.
 
     Raises:
         ValueError: out of range.
     """
+    number(name, value, f"a number in {'[' if closed else '('}{low}, {high})")
     if not (low < value < high or (closed and value == low)):
         raise ValueError(f"Expected {name} in {'[' if closed else '('}{low}, {high}). Got {value!r}.")
 
@@ -55,7 +71,7 @@ def check_positive(**values: float | None) -> None:
         ValueError: naming the first of them.
     """
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < number(name, value, "a positive number or None") < math.inf:
             raise ValueError(f"Expected {name} as a positive number or None. Got {value!r}.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from bilevel_imaging.upper_level.certified_steps import (
     half_width,
     report_without_hypergradient,
     require_all_images,
+    require_problems,
 )
 from bilevel_imaging.upper_level.losses import SquaredError
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
@@ -112,7 +113,7 @@ class DFOLS(UpperLevelMethod):
             ValueError: the objective takes minibatches, or its loss is not the squared error.
         """
         require_all_images(objective, "dfo_ls compares losses of all images")
-        objective = cast(SampledObjective, objective)
+        objective = require_problems(objective)
         cost = self._prepare(objective)
         slopes = self._slopes()
         gradient = slopes @ self.points[0].residuals + exact_term(objective)[1]

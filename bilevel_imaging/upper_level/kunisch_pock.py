@@ -19,6 +19,7 @@ from bilevel_imaging.upper_level.certified_steps import (
     not_worth,
     report,
     require_all_images,
+    require_problems,
     value_with,
     within_certificate,
 )
@@ -96,6 +97,7 @@ class KunischPock(UpperLevelMethod):
             ValueError: the objective takes minibatches, or has too many parameters.
         """
         require_all_images(objective, "kunisch_pock compares losses of all images")
+        require_problems(objective)
         theta = flatten(objective.theta)
         if len(theta) > MOST_PARAMETERS:
             raise ValueError(

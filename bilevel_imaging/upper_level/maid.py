@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
@@ -95,8 +96,7 @@ class MAID(UpperLevelMethod):
         ):
             check_range(name, value, low, high)
         check_positive(stationarity_tol=stationarity_tol)
-        if memory < 0:
-            raise ValueError(f"Expected memory >= 0. Got {memory!r}.")
+        memory = whole("memory", memory, 0)
         self.relative, self.decrease, self.tolerance = relative, decrease, tolerance
         self.largest_move, self.stationarity_tol = largest_move, stationarity_tol
         self.inverse = InverseHessian(memory) if memory else None

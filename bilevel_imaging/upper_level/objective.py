@@ -9,9 +9,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import instance
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients import Hypergradient, hypergradient, loss_interval
+from bilevel_imaging.hypergradients import (
+    Hypergradient,
+    check_certificate,
+    check_solvers,
+    hypergradient,
+    loss_interval,
+)
+from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver, NewtonCG
 from bilevel_imaging.upper_level.base import CertifiedValue
@@ -51,6 +59,9 @@ class ProblemObjective:
         start: Tensor | None = None,
         certificate: str = "auto",
     ):
+        check_solvers(lower, linear)
+        check_certificate(certificate)
+        instance("problem", problem, LowerLevelProblem, "a lower-level problem, e.g. energy.bind(y, physics)")
         self.problem, self.loss, self.theta = problem, loss, problem.theta
         self.lower = lower or NewtonCG()
         self.linear = linear or ConjugateGradient(preconditioner="auto")
@@ -59,6 +70,7 @@ class ProblemObjective:
         self.x = self.lower.solve(problem, None, FIRST_ERROR).x if start is None else start
         self.q: Tensor | None = None
         self.x_true = torch.zeros_like(self.x) if x_true is None else x_true
+        LossOracle(loss, self.x_true, problem.shape)  # refuses what does not fit
 
     def value(self, error_tol: float) -> CertifiedValue:
         """Certified interval of F, the lower level solved to ``error_tol``; the last adjoint sharpens it."""

@@ -84,6 +84,8 @@ class InverseHessian:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; states of older versions have no sizes."""
+        if "pairs" not in state:
+            raise ValueError(f"Expected a state of curvature with pairs. Got {sorted(state)}.")
         self.pairs = [(s.clone(), z.clone()) for s, z in state["pairs"]]
         self.squares, self.weight = state.get("squares"), float(state.get("weight", 0.0))
 

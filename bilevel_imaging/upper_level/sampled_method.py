@@ -21,7 +21,7 @@ from bilevel_imaging.lower_solvers.accelerated_gradient import constant_schedule
 from bilevel_imaging.tensors import per_sample
 from bilevel_imaging.upper_level.accuracy_schedules import Decay
 from bilevel_imaging.upper_level.base import Objective, SampledObjective, Samples, StepReport, UpperLevelMethod
-from bilevel_imaging.upper_level.certified_steps import check_state, report, value_with
+from bilevel_imaging.upper_level.certified_steps import check_state, report, require_problems, value_with
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
 from bilevel_imaging.upper_level.step_sizes import first_step_size
 
@@ -96,11 +96,7 @@ class SampledMethod(UpperLevelMethod):
             ValueError: mu or L of the lower level is not known, or the objective hands out no problems or keeps no
                 points.
         """
-        if not isinstance(objective, SampledObjective):
-            raise ValueError(
-                f"Expected an objective that hands out lower-level problems (SampledObjective). Got "
-                f"{type(objective).__name__}; use BilevelObjective."
-            )
+        objective = require_problems(objective)
         clock = time.perf_counter()
         everything = objective.minibatch is None or self._everything()
         drawn = objective.draw(everything=everything)
