@@ -335,6 +335,9 @@ def make_method(config: UpperConfig) -> UpperLevelMethod:
     for name in given:
         if name not in accepted:
             raise ValueError(f"upper.{name}: {config.method} does not take it. Leave it out.")
+    for name in _METHOD_SETTINGS:
+        if name in config.options and name != "schedule":  # hoag has another one, of accuracies
+            raise ValueError(f"upper.options: {name}: it is a setting of its own. Choose it by upper.{name}.")
     if "total_steps" in accepted:
         given["total_steps"] = config.max_steps
     return _call(build, {**given, **config.options}, "upper.options", config.method)
@@ -346,4 +349,7 @@ def _call(build: Callable[..., Any], arguments: Mapping[str, Any], key: str, nam
         inspect.signature(build).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"{key}: {name}: {error}.") from error
-    return build(**arguments)
+    try:
+        return build(**arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key.partition('.')[0]}: {name}: {error}") from error

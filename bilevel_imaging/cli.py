@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel_imaging.config import RunConfig
+from bilevel_imaging.config import SMALLEST_CROP, RunConfig
 from bilevel_imaging.training.distributed import joined, launched
 from bilevel_imaging.training.run_folder import locked, new_folder
 
@@ -48,9 +48,9 @@ def guarded(
     Returns:
         the exit code: 2 after a mistake, 130 after Ctrl-C.
     """
-    from jsonargparse import ArgumentError
-
     try:
+        from jsonargparse import ArgumentError
+
         return command(argv)
     except KeyboardInterrupt:
         _say(stopped)
@@ -72,6 +72,8 @@ def one_line(error: Exception) -> str:
     """The message on one line, with keys written as everywhere else."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
+    if isinstance(error, UnicodeDecodeError):
+        return f"--config: expected a YAML file. Got one that is not text ({error.reason})."
     text = " ".join(str(error).split())
     if text.startswith('Parser key "'):
         key, _, rest = text.removeprefix('Parser key "').partition('"')
@@ -296,8 +298,8 @@ def _evaluate(argv: Sequence[str] | None) -> int:
     parser.add_argument("--json", type=str | None, default=None, help="also write the numbers to this file")
     parser.add_argument("--picture", type=str | None, default=None, help="default: pictures/evaluation.png of the run")
     parsed = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
-    if parsed.crop is not None and parsed.crop < 0:
-        raise ValueError(f"--crop: expected an integer >= 0. Got {parsed.crop}.")
+    if parsed.crop is not None and parsed.crop != 0 and parsed.crop < SMALLEST_CROP:
+        raise ValueError(f"--crop: expected 0 or an integer >= {SMALLEST_CROP}. Got {parsed.crop}.")
     folder = Path(parsed.run).expanduser()
     config = read_config(folder)
     for option in ("json", "picture"):

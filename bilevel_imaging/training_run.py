@@ -61,6 +61,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, processes: P
     processes.first(lambda: _check_data(config, folder, images, resume))
     if resume:
         trainer.resume(missing_ok=True, check=lambda saved: config.check_resumes(RunConfig.from_dict(saved).resolved()))
+        if trainer.step >= config.upper.max_steps and processes.rank == 0:
+            done = f"{trainer.step} of {config.upper.max_steps} steps are done already"
+            print(f"Nothing to do: {done}. Give a larger --upper.max_steps to go on.", file=sys.stderr)
     processes.first(lambda: write_config(folder, config))
     result = trainer.fit()
     if result.status == "diverged":
@@ -137,9 +140,11 @@ def make_trainer(config: RunConfig, folder: Path, objective: BilevelObjective | 
     images = assembly.load_images(config, "val")[: config.logging.validate_images or None]
     validation = assembly.evaluation_pairs(config, "val", images, dtype=torch.float32)
     validator = Validator(objective.energy, validation, LOWER_SOLVERS[config.lower.solver]())
+    method = make_method(config.upper)
+    method.check_size(sum(p.numel() for p in objective.theta.values()))
     return Trainer(
         objective,
-        make_method(config.upper),
+        method,
         folder,
         max_steps=config.upper.max_steps,
         validate=validator.validate,

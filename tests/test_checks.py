@@ -148,3 +148,18 @@ def test_states_and_exports(tmp_path):
 def _pairs():
     images = [("a", torch.rand(1, 8, 8))]
     return bi.data.ImagePairs.build(images, bi.data.Degradation(sigma=0.1))
+
+
+def test_losses_that_are_never_negative_have_no_negative_bounds(case):
+    h = ask(case, relative=None, error_tol=1e3, residual_tol=1e3)
+    assert h.loss_interval[0] >= 0 and h.loss >= 0
+    assert (bi.hypergradients.loss_interval(case.problem, SquaredError(), case.x_true, case.y)[1] >= 0).all()
+
+
+def test_parameters_that_left_the_range_of_numbers():
+    energy = bi.VariationalEnergy(bi.TotalVariation())
+    problem = energy.bind(torch.rand(1, 1, 6, 6), deepinv.physics.Denoising())
+    with torch.no_grad():
+        energy.regularizer.log_smoothing.fill_(-1e6)
+    with pytest.raises(ValueError, match="Expected regularizer.log_smoothing from -41.4"):
+        problem.constants()

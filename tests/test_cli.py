@@ -53,6 +53,57 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--upper.method=grid", "--regularizer.kind=fields_of_experts"], "at most 4 parameters for a grid"),
+        (["--upper.method=dfo_ls", "--regularizer.kind=fields_of_experts"], "at most 100 parameters for dfo_ls"),
+        (["--upper.method=kunisch_pock", "--regularizer.kind=fields_of_experts"], "at most 100 parameters for kun"),
+        (["--upper.options={memory: a}"], "upper: maid: Expected memory as an integer >= 0. Got 'a'."),
+        (["--upper.options={largest_move: a}"], "upper: maid: Expected largest_move as a number"),
+        (["--upper.relative=2"], "upper: maid: Expected relative in (0.0, 1.0). Got 2.0."),
+        (["--upper.method=adam", "--upper.options={lr: 2}"], "upper.options: lr: it is a setting of its own."),
+    ],
+)
+def test_mistakes_in_the_method_leave_nothing_behind(arguments, words, tmp_path, capsys):
+    folder = tmp_path / "new"
+    assert words in fails(capsys, f"--output={folder}", *TINY, *arguments)
+    assert not folder.exists()
+
+
+def test_parameters_that_run_away_end_the_training_in_words(tmp_path, capsys):
+    arguments = ["--upper.method=adam", "--upper.lr=1e6", "--upper.max_steps=3", *TINY]
+    assert train_main([f"--output={tmp_path / 'run'}", *arguments]) != 0
+    said = capsys.readouterr().err
+    assert "Stopped at step" in said and "Last good checkpoint: step 0" in said and "Traceback" not in said
+
+
+def test_a_config_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(bytes(range(128, 256)))
+    assert "--config: expected a YAML file. Got one that is not text" in fails(capsys, f"--config={tmp_path / 'a.png'}")
+
+
+def test_nothing_is_left_to_do(run, capsys):
+    assert train_main([f"--resume={run}", "--upper.max_steps=2"]) == 0
+    assert "Nothing to do: 4 of 2 steps are done already." in capsys.readouterr().err
+
+
+def test_crops_that_are_too_small_for_ssim(run, capsys):
+    message = fails(capsys, str(run), "--crop=3", command=evaluate_main)
+    assert message == "error: --crop: expected 0 or an integer >= 16. Got 3.\n"
+
+
+def test_an_interrupt_while_libraries_are_loaded(tmp_path):
+    """Ctrl-C long before the package is there."""
+    slow = tmp_path / "bilevel_imaging"
+    slow.mkdir()
+    (slow / "__init__.py").write_text("raise KeyboardInterrupt")
+    for script in ("train", "evaluate", "compare"):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py")]
+        ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (130, "Stopped before anything was done.\n")
+
+
 @pytest.fixture
 def short_grid(monkeypatch):
     """A grid search that tries three weights, for tests that compare nothing with the best one."""

@@ -539,3 +539,26 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_an_interrupt_waits_for_an_import(monkeypatch):
+    from bilevel_imaging.training.interrupts import uninterrupted
+
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("the end")
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_disk_that_is_full_from_the_start_ends_the_run(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="Cannot write checkpoints to .*No space left on device"):
+        trainer.fit()

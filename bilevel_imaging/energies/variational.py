@@ -156,7 +156,13 @@ class VariationalProblem(LowerLevelProblem):
         return VariationalLinearization(self, x)
 
     def constants(self) -> Constants:
-        regularizer = self.regularizer.constants(self.shape)
+        try:
+            regularizer = self.regularizer.constants(self.shape)
+        except ArithmeticError as error:
+            for name, parameter in self.theta.items():
+                check_values(name, parameter, self.dtype)
+            kind = type(self.regularizer).__name__
+            raise ValueError(f"Expected constants of {kind} in the range of numbers. Got {error}.") from error
         if isinstance(self.data, WeightedTerm):  # whose bounds follow the weights
             return self._with_quadratic(regularizer)
         if self._known is None or self._known[0] is not regularizer:

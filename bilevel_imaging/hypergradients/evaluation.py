@@ -368,4 +368,5 @@ def _loss_interval(e: Estimate, hessian: Tensor) -> tuple[Tensor, Tensor]:
     # rounding of sums over many pixels, on the generous side: nothing acts on a relative 1e-10 of the loss
     relative = max(16 * torch.finfo(e.q.dtype).eps, 1e-10)
     unit = relative * (point.loss_value.abs() + point.norm(e.q) * point.grad_norm)
-    return torch.maximum(lower, plain_lower) - unit, torch.minimum(upper, plain_upper) + unit
+    lower, upper = torch.maximum(lower, plain_lower) - unit, torch.minimum(upper, plain_upper) + unit
+    return (lower.clamp(min=0), upper.clamp(min=0)) if point.loss.nonnegative else (lower, upper)

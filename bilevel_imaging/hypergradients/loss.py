@@ -13,8 +13,9 @@ from bilevel_imaging.tensors import all_finite
 class LossOracle:
     """Wraps a loss ``loss(x, x_true) -> (B,)`` with its ground truth.
 
-    ``loss.grad(x, x_true)``, ``loss.smoothness`` (Lipschitz constant of the gradient in x) and ``loss.convex`` are
-    used where the loss has them; otherwise the gradient comes from autograd and nothing is certified.
+    ``loss.grad(x, x_true)``, ``loss.smoothness`` (Lipschitz constant of the gradient in x), ``loss.convex`` and
+    ``loss.nonnegative`` are used where the loss has them; otherwise the gradient comes from autograd and nothing is
+    certified.
 
     Raises:
         ValueError: if the ground truth does not fit the problem, or the loss does not return one value per sample.
@@ -35,6 +36,7 @@ class LossOracle:
         self.loss, self.x_true = loss, x_true.detach()
         self.smoothness: float | None = getattr(loss, "smoothness", None)
         self.convex: bool = bool(getattr(loss, "convex", False))
+        self.nonnegative: bool = bool(getattr(loss, "nonnegative", False))
 
     def value(self, x: Tensor) -> Tensor:
         """f_i(x_i), ``(B,)``."""

@@ -161,8 +161,8 @@ class CheckpointStore:
         try:
             self.save(state, step)
         except OSError as error:
-            if self.last_valid is None and step == 0 and error.errno not in DISK_FULL:
-                raise CheckpointError(f"Cannot write checkpoints to {self.folder}: {error.strerror}") from error
+            if self.last_valid is None and step == 0:
+                raise CheckpointError(f"Cannot write checkpoints to {self.folder}: {error.strerror}.") from error
             if not self._failing:
                 last = self.last_valid
                 kept = (

@@ -5,8 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A Ctrl-C meanwhile comes at the end: libraries that were loaded in part don't work any more."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+    if came and callable(before):
+        before(*came[0])
+    elif came and before == signal.SIG_DFL:
+        raise KeyboardInterrupt
+
 
 _STOPPING = b"\nStopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.\n"
 

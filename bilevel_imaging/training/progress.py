@@ -32,10 +32,12 @@ def format_interval(value: float, lower: float, upper: float) -> str:
 
 
 def describe(record: Mapping[str, Any], validation: Mapping[str, float]) -> str:
-    """One line: loss with its interval, PSNR of the last validation, accuracies, relative bound, trust."""
+    """One line: loss with its interval, PSNR of the last validation and when that was, accuracies, relative bound,
+    trust."""
     parts = [f"loss {format_interval(record['loss'], record['loss_lower'], record['loss_upper'])}"]
     if "psnr" in validation:
-        parts.append(f"PSNR {validation['psnr']:.2f}")
+        at = validation.get("step")
+        parts.append(f"PSNR {validation['psnr']:.2f}" + ("" if at is None else f" (step {at:.0f})"))
     parts.append(f"eps {record['eps']:.1e}")
     parts.append(f"delta {record['delta']:.1e}")
     if record["certified"]:

@@ -138,7 +138,7 @@ class RunLog(NoLog):
         self._progress.update(record, self._validation)
 
     def validation(self, values: Mapping[str, float], step: int, theta: Mapping[str, Tensor]) -> None:
-        self._validation = values
+        self._validation = {**values, "step": step}
         self._guard(METRICS_FILE, lambda: self._metrics.append({"kind": "validation", "step": step, **values}))
         self._to_board(lambda board: board.log_validation(values, step, theta))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.training.figures import image_grid
+from bilevel_imaging.training.interrupts import uninterrupted
 
 # Tag of every scalar and the name of the record entry that holds it.
 STEP_TAGS = {
@@ -85,7 +86,8 @@ class TensorBoardLogger:
     """
 
     def __init__(self, folder: str | Path, purge_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        with uninterrupted():
+            from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(folder)
         if purge_step is not None:

@@ -231,7 +231,7 @@ class Trainer:
         """Do what returns a problem of theta in words, or ""; says where to go on from."""
         try:
             problem = action()
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             # With the same settings the first step went well: only theta has changed. Several processes just end.
             known = isinstance(error, BilevelError) and not isinstance(error, NotStronglyConvexError)
             if self.step == 0 or known or self.processes.size > 1:

@@ -167,6 +167,13 @@ class UpperLevelMethod(abc.ABC):
     def step(self, objective: Objective) -> StepReport:
         """One step from the current theta."""
 
+    def check_size(self, parameters: int) -> None:  # noqa: B027
+        """Refuse more parameters than the method is made for, before anything is computed.
+
+        Raises:
+            ValueError: naming the limit.
+        """
+
     def learned(self) -> dict[str, Tensor] | None:
         """The theta to validate and export where it is not the current one, e.g. an average; else ``None``."""
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -39,18 +39,22 @@ def require_all_images(objective: Objective, what: str) -> None:
         raise ValueError(f"Expected an objective without minibatches: {what}.")
 
 
-def require_problems(objective: Objective) -> SampledObjective:
+def require_problems(objective: Objective, *names: str) -> SampledObjective:
     """The objective, unless it keeps its lower-level problems to itself.
 
+    Args:
+        objective: of a method.
+        names: what the method needs of a :class:`SampledObjective`.
+
     Raises:
-        ValueError: not a :class:`SampledObjective`.
+        ValueError: something of it is not there.
     """
-    if not isinstance(objective, SampledObjective):
+    if not all(hasattr(objective, name) for name in names):
         raise ValueError(
             "Expected an objective that hands out lower-level problems (SampledObjective). Got "
             f"{type(objective).__name__}; use BilevelObjective."
         )
-    return objective
+    return cast(SampledObjective, objective)
 
 
 def check_range(name: str, value: float, low: float, high: float, *, closed: bool = False) -> None:

@@ -31,6 +31,7 @@ from bilevel_imaging.upper_level.certified_steps import (
 from bilevel_imaging.upper_level.losses import SquaredError
 from bilevel_imaging.upper_level.quasi_newton import assign, flatten
 from bilevel_imaging.upper_level.sampled_method import exact_term
+from bilevel_imaging.upper_level.sensitivities import MOST_PARAMETERS
 from bilevel_imaging.upper_level.trust_region_models import trust_region_step
 
 # least part of the predicted decrease; part from which the radius grows; its factors (the paper's)
@@ -103,6 +104,13 @@ class DFOLS(UpperLevelMethod):
         self.points: list[_Point] = []  # the first is at the current theta
         self.repair = False  # whether the model is to be improved before the next trial
 
+    def check_size(self, parameters: int) -> None:
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"Expected at most {MOST_PARAMETERS} parameters for dfo_ls, which needs one more value than there are "
+                f"parameters before its first step. Got {parameters}; choose a method that uses hypergradients."
+            )
+
     def step(self, objective: Objective) -> StepReport:
         """One trust-region iteration; theta is left unchanged where its trial is not accepted.
 
@@ -113,7 +121,8 @@ class DFOLS(UpperLevelMethod):
             ValueError: the objective takes minibatches, or its loss is not the squared error.
         """
         require_all_images(objective, "dfo_ls compares losses of all images")
-        objective = require_problems(objective)
+        objective = require_problems(objective, "draw", "exact_term")
+        self.check_size(len(flatten(objective.theta)))
         cost = self._prepare(objective)
         slopes = self._slopes()
         gradient = slopes @ self.points[0].residuals + exact_term(objective)[1]

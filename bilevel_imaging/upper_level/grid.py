@@ -100,14 +100,17 @@ class GridSearch(UpperLevelMethod):
         """Whether the loss is smaller for certain; where nothing is certified, the estimates decide."""
         return best.upper < center.lower or (best.upper == math.inf and best.value < center.value)
 
-    def _moves(self, n: int) -> list[Tensor]:
-        """All offsets from theta, the middle one 0."""
-        if self.points**n > MAX_VALUES:
+    def check_size(self, parameters: int) -> None:
+        if self.points**parameters > MAX_VALUES:
             most = int(math.log(MAX_VALUES, self.points))
             raise ValueError(
-                f"Expected at most {most} parameters for a grid of {self.points} values each. Got {n}; choose a method "
-                "that uses hypergradients."
+                f"Expected at most {most} parameters for a grid of {self.points} values each. Got {parameters}; choose "
+                "a method that uses hypergradients."
             )
+
+    def _moves(self, n: int) -> list[Tensor]:
+        """All offsets from theta, the middle one 0."""
+        self.check_size(n)
         half = self.points // 2
         steps = [self.width * k / half for k in range(-half, half + 1)]
         return [torch.tensor(move, dtype=torch.float64) for move in itertools.product(steps, repeat=n)]

@@ -87,6 +87,13 @@ class KunischPock(UpperLevelMethod):
         self.error_tol = 0.0  # accuracy of the last value; 0 before the first
         self.derivatives: list[Tensor] = []  # dx*/dtheta of all batches at the last theta
 
+    def check_size(self, parameters: int) -> None:
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"Expected at most {MOST_PARAMETERS} parameters for kunisch_pock, which solves a linear system per "
+                f"parameter and image. Got {parameters}; choose maid."
+            )
+
     def step(self, objective: Objective) -> StepReport:
         """One hypergradient, one F'', one line search; theta is left unchanged where no step is accepted.
 
@@ -97,13 +104,9 @@ class KunischPock(UpperLevelMethod):
             ValueError: the objective takes minibatches, or has too many parameters.
         """
         require_all_images(objective, "kunisch_pock compares losses of all images")
-        require_problems(objective)
         theta = flatten(objective.theta)
-        if len(theta) > MOST_PARAMETERS:
-            raise ValueError(
-                f"Expected at most {MOST_PARAMETERS} parameters for kunisch_pock, which solves a linear system per "
-                f"parameter and image. Got {len(theta)}; choose maid."
-            )
+        self.check_size(len(theta))
+        require_problems(objective, "draw")
         h = objective.hypergradient(relative=self.relative)
         cost, g = h.cost, flatten(h.grad)
         stop = certified_stationary(h, self.stationarity_tol) or within_certificate(h)

@@ -13,10 +13,12 @@ class SquaredError:
     Attributes:
         smoothness: Lipschitz constant of the gradient in x, 1.
         convex: True.
+        nonnegative: True, so that certified intervals end at 0.
     """
 
     smoothness: float = 1.0
     convex: bool = True
+    nonnegative: bool = True
 
     def __call__(self, x: Tensor, x_true: Tensor) -> Tensor:
         """``(B, *image)`` twice to ``(B,)``."""

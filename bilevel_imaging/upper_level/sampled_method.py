@@ -96,7 +96,7 @@ class SampledMethod(UpperLevelMethod):
             ValueError: mu or L of the lower level is not known, or the objective hands out no problems or keeps no
                 points.
         """
-        objective = require_problems(objective)
+        objective = require_problems(objective, "minibatch", "draw", "keep", "solve", "certify", "exact_term")
         clock = time.perf_counter()
         everything = objective.minibatch is None or self._everything()
         drawn = objective.draw(everything=everything)
