@@ -199,3 +199,12 @@ def test_classical_certificates_of_float32_data(error_tol, smoothing):
     exact = bi.hypergradient(problem, bi.SquaredError(), x_true, error_tol=error_tol, certificate="directional")
     assert all(torch.allclose(h.grad[name], g, rtol=1e-4) for name, g in exact.grad.items())
     assert torch.equal(h.x, exact.x) and h.cost.work <= exact.cost.work
+
+
+@pytest.mark.parametrize("regularizer", [lambda: bi.FieldsOfExperts(4, 3), lambda: bi.ConvexRidge((2,), 3)])
+def test_images_beyond_the_squares_of_float32_are_answered_in_words(regularizer):
+    generator = torch.Generator().manual_seed(0)
+    x = 1e20 * torch.rand(2, 1, 8, 8, generator=generator)
+    problem = bi.VariationalEnergy(regularizer()).bind(1.1 * x, deepinv.physics.Denoising())
+    h = bi.hypergradient(problem, bi.SquaredError(), x, relative=0.1)
+    assert h.bound > 0.1 * h.norm and h.reason

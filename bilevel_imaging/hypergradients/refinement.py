@@ -203,7 +203,7 @@ class Refiner:
         """The point x + s with H s = -G solved to ``factor`` of ||G||; samples whose gradient does not shrink are
         solved by the globally convergent Newton-CG instead."""
         rhs = -point.gradient
-        tol = self._attainable(factor * norm(rhs), rhs)
+        tol = self._attainable(_known(factor * norm(rhs)), rhs)
         # the gradient at the new point is measured: the residual of the system need not be checked
         step = self.newton_solver._solve(
             point.working, rhs.to(self.problem.dtype), tol.to(self.problem.dtype), check=False
@@ -239,6 +239,7 @@ class Refiner:
     def correct_adjoint(self, point: Point, current: Estimate, residual_tol: Tensor) -> Estimate:
         """The estimate at ``point`` with q + c, H c = grad f - H q solved to ``residual_tol`` ``(B,)`` by the user's
         linear solver."""
+        residual_tol = _known(residual_tol)
         same = point is current.point
         if same and self.resumable is not None and self.resumable[0] is current:
             solution, rhs = self.resumable[1], point.loss_grad.to(self.problem.dtype)
@@ -328,6 +329,11 @@ class Refiner:
         per_distance = per_distance + m.slopes.norm(dim=-1) * energy
         wanted = torch.minimum(LOWER_SHARE * goal / per_distance.clamp(min=1e-300), NEAR / curvature.clamp(min=1e-300))
         return wanted, size
+
+
+def _known(tol: Tensor) -> Tensor:
+    """No accuracy is asked for where overflow hides what it should be."""
+    return tol.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _lower_part(m: LocalMeasurements, point: Point) -> Tensor:
