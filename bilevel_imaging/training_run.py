@@ -61,9 +61,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, processes: P
     processes.first(lambda: _check_data(config, folder, images, resume))
     if resume:
         trainer.resume(missing_ok=True, check=lambda saved: config.check_resumes(RunConfig.from_dict(saved).resolved()))
-        if trainer.step >= config.upper.max_steps and processes.rank == 0:
-            done = f"{trainer.step} of {config.upper.max_steps} steps are done already"
-            print(f"Nothing to do: {done}. Give a larger --upper.max_steps to go on.", file=sys.stderr)
+    before = trainer.step
     processes.first(lambda: write_config(folder, config))
     result = trainer.fit()
     if result.status == "diverged":
@@ -71,6 +69,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, processes: P
     with trainer.learned():
         loss = None if result.status == "interrupted" else _final_loss(objective, result)
         processes.first(lambda: _finish(config, folder, objective, result, loss))
+    if before >= config.upper.max_steps and processes.rank == 0:
+        done = f"{before} of {config.upper.max_steps} steps were done already"
+        print(f"Nothing was learned: {done}. Give a larger --upper.max_steps to go on.")
     return 130 if result.status == "interrupted" else 0
 
 

@@ -85,7 +85,7 @@ def test_a_config_that_is_no_text(tmp_path, capsys):
 
 def test_nothing_is_left_to_do(run, capsys):
     assert train_main([f"--resume={run}", "--upper.max_steps=2"]) == 0
-    assert "Nothing to do: 4 of 2 steps are done already." in capsys.readouterr().err
+    assert "Nothing was learned: 4 of 2 steps were done already." in capsys.readouterr().out
 
 
 def test_crops_that_are_too_small_for_ssim(run, capsys):

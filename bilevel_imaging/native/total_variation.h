@@ -241,7 +241,8 @@ void NAME(tv_relative)(
                 const NAME(Vector) squared = n0 * n0 + n1 * n1, size = NAME(root)(squared); /* |n| */
                 const NAME(Vector) length = size * NAME(inverse)(one);
                 const NAME(Vector) curved = weight * nu2 * one * (one * one) + s.floor, flat = weight * one + s.floor;
-                const NAME(Vector) reach = NAME(smaller)(NAME(inverse_root)(NAME(larger)(curved, least)), furthest), far = s.radius * reach;
+                const NAME(Vector) reach = NAME(smaller)(NAME(inverse_root)(NAME(larger)(curved, least)), furthest);
+                const NAME(Vector) far = s.radius * reach;
                 const NAME(Vector) low = NAME(larger)(length - far, zero), high = length + far;
                 NAME(Vector) value;
                 if (!q) {
