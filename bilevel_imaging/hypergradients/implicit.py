@@ -173,6 +173,7 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
     names = _available(first, names)
     current, bound = first, _total(first, names)
     first_bound = bound
+    refiner.polish()
     answer, goal = None, min(POLISHED_RELATIVE * first.norm, POLISHED_SHARE * bound)
     for _ in range(MAX_CORRECTIONS):
         better = refiner.improve(current, goal, newton=True, names=names)

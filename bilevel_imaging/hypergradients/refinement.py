@@ -175,6 +175,12 @@ class Refiner:
             self.linear_solution = self.linear.resume(point.working, rhs, solution, self._attainable(residual_tol, rhs))
         return point
 
+    def polish(self) -> None:
+        """From here on adjoints, too, are corrected by conjugate gradients: what verifies an estimate must not depend on
+        how far the user's solver gets."""
+        if not isinstance(self.linear, ConjugateGradient):
+            self.linear, self.resumable = self.newton_solver, None
+
     def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
         if self.exact is self.problem:
