@@ -176,8 +176,10 @@ class Refiner:
         return point
 
     def polish(self) -> None:
-        """From here on adjoints, too, are corrected by conjugate gradients: what verifies an estimate must not depend on
-        how far the user's solver gets."""
+        """From here on adjoints are corrected by conjugate gradients, too.
+
+        What verifies an estimate must not depend on how far the user's solver gets.
+        """
         if not isinstance(self.linear, ConjugateGradient):
             self.linear, self.resumable = self.newton_solver, None
 
