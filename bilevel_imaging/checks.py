@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,18 @@ def number(name: str, value: Any, what: str = "a number") -> float:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return float(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"Expected {name} as {what}. Got {value!r}.")
+    return float(value)
+
+
+def not_negative(name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: not a finite number >= 0.
+    """
+    what = "a finite number >= 0"
+    if not 0 <= number(name, value, what) < math.inf:
         raise ValueError(f"Expected {name} as {what}. Got {value!r}.")
     return float(value)
 

@@ -13,7 +13,7 @@ import deepinv
 import torch
 from torch import Tensor
 
-from bilevel_imaging.checks import number
+from bilevel_imaging.checks import not_negative, number
 from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.lower_solvers import LowerSolver
@@ -67,8 +67,6 @@ def save_regularizer(
     """
     from safetensors.torch import save
 
-    if not 0 <= number("ridge", ridge, "a finite number >= 0") < math.inf:
-        raise ValueError(f"Expected ridge as a finite number >= 0. Got {ridge!r}.")
     numbers = {"noise_level": noise_level, **(constants or {})}
     for key, value in numbers.items():
         if value is not None and not math.isfinite(number(key, value)):
@@ -85,7 +83,7 @@ def save_regularizer(
         "format": FORMAT,
         "class": name,
         "arguments": regularizer.arguments(),
-        "ridge": float(ridge),
+        "ridge": not_negative("ridge", ridge),
         "noise_level": noise_level,
         "constants": dict(constants or {}),
         "data_weight": weight,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging import native
-from bilevel_imaging.checks import number
+from bilevel_imaging.checks import not_negative
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization, Metric
 from bilevel_imaging.energies.binding import data_term
@@ -58,15 +58,13 @@ class VariationalEnergy(nn.Module):
             )
         if data_fidelity not in self.DATA_FIDELITIES:
             raise ValueError(f"Unknown data_fidelity {data_fidelity!r}. Choose from {list(self.DATA_FIDELITIES)}.")
-        if not 0 <= number("ridge", ridge, "a finite number >= 0") < float("inf"):
-            raise ValueError(f"Expected ridge as a finite number >= 0. Got {ridge!r}.")
         if not (data_weight is None or isinstance(data_weight, DataWeight)):
             raise ValueError(
                 f"Expected data_weight as NoiseWeight, FrequencyWeights, SamplingMask or another DataWeight. "
                 f"Got {type(data_weight).__name__}."
             )
         self.regularizer = regularizer
-        self.ridge = float(ridge)
+        self.ridge = not_negative("ridge", ridge)
         self.data_fidelity = data_fidelity
         self.data_weight = data_weight
 

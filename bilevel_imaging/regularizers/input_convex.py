@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d, logsigmoid, softplus
 
-from bilevel_imaging.checks import number, whole, whole_numbers
+from bilevel_imaging.checks import not_negative, whole, whole_numbers
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.input_convex_bounds import NetworkBounds
@@ -60,12 +59,10 @@ class InputConvex(Regularizer):
         channels, features = whole("channels", channels, 1), whole_numbers("features", features)
         if whole("kernel_size", kernel_size, 1) % 2 == 0:
             raise ValueError(f"Expected an odd kernel_size. Got {kernel_size}.")
-        if not 0 <= number("strong", strong, "a finite number >= 0") < math.inf:
-            raise ValueError(f"Expected strong as a finite number >= 0. Got {strong!r}.")
         for value, name in ((beta, "beta"), (weight, "weight")):
             positive_parameter(value, name, False)  # refuses what is not a positive number
         self.channels, self.features, self.kernel_size = channels, features, kernel_size
-        self.beta, self.strong = float(beta), float(strong)
+        self.beta, self.strong = float(beta), not_negative("strong", strong)
         generator = torch.Generator().manual_seed(seed)
         previous = (0, *self.features[:-1])
         self.input_kernels = nn.ParameterList([self._random_filters(n, generator) for n in self.features])

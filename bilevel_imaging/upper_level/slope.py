@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -33,17 +33,7 @@ class Slope:
     @classmethod
     def of(cls, h: Hypergradient) -> Slope:
         """That of a hypergradient."""
-        return cls(
-            grad=h.grad,
-            bound=h.bound,
-            certified=h.certified,
-            reason=h.reason,
-            loss=h.loss,
-            loss_interval=h.loss_interval,
-            distance=h.distance,
-            residual=h.residual,
-            cost=h.cost,
-        )
+        return cls(**{f.name: getattr(h, f.name) for f in fields(cls)})
 
     @property
     def norm(self) -> float:
