@@ -34,6 +34,7 @@ class LossOracle:
         if not all_finite(x_true):
             raise ValueError("Expected a finite ground truth. Got NaN or inf in x_true.")
         self.loss, self.x_true = loss, x_true.detach()
+        self._in = {x_true.dtype: self.x_true}
         self.smoothness: float | None = getattr(loss, "smoothness", None)
         self.convex: bool = bool(getattr(loss, "convex", False))
         self.nonnegative: bool = bool(getattr(loss, "nonnegative", False))
@@ -41,17 +42,23 @@ class LossOracle:
     def value(self, x: Tensor) -> Tensor:
         """f_i(x_i), ``(B,)``."""
         with torch.no_grad():
-            value = self.loss(x, self.x_true.to(x.dtype))
+            value = self.loss(x, self._truth(x))
         if value.shape != x.shape[:1]:
             raise ValueError(f"Expected a loss with one value per sample, ({x.shape[0]},). Got {tuple(value.shape)}.")
         return value
 
     def grad(self, x: Tensor) -> Tensor:
         """Gradient of f_i in x_i, ``(B, *image)``."""
-        x_true = self.x_true.to(x.dtype)
+        x_true = self._truth(x)
         if hasattr(self.loss, "grad"):
             with torch.no_grad():
                 return self.loss.grad(x, x_true)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             return torch.autograd.grad(self.loss(leaf, x_true).sum(), leaf)[0]
+
+    def _truth(self, x: Tensor) -> Tensor:
+        """The ground truth in the dtype of x."""
+        if x.dtype not in self._in:
+            self._in[x.dtype] = self.x_true.to(x.dtype)
+        return self._in[x.dtype]

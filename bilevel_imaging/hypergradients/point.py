@@ -13,7 +13,7 @@ from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, M
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
-from bilevel_imaging.tensors import column_norms, inner, norm, per_sample, units
+from bilevel_imaging.tensors import column_norms, inner, largest_entries, norm, per_sample, units
 
 
 def dual_norm(
@@ -268,7 +268,7 @@ class Point:
     def _rounded_up(self) -> float:
         """What the rounding of x and of lengths does to a bound: relative to the scale on which derivatives change."""
         at = self.working
-        size = float(self.x.abs().amax())
+        size = float(largest_entries(self.x).amax())
         return 1 + 64 * torch.finfo(at.grad.dtype).eps * (1 + size / at.length_scale)
 
     @cached_property

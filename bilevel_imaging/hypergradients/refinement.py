@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bilevel_imaging import certificates
 from bilevel_imaging.certificates import LocalMeasurements
+from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import (
     ENERGY_SLACK,
@@ -62,16 +64,20 @@ class Refiner:
         thrifty: bool = False,
         plain: bool = False,
     ):
-        exact = problem.double()
         self.thrifty, self.plain = thrifty, plain
         self.problem, self.loss, self.lower, self.linear = problem, loss, lower, linear
-        self.exact = problem if exact is None else exact
         self.newton_solver = ConjugateGradient(preconditioner="auto")
         self.lower_solution: LowerSolution | None = None
         self.linear_solution: LinearSolution | None = None
         self.resumable: tuple[Estimate, LinearSolution] | None = None
         # of the randomized bounds at all points visited: each of them has steered the refinement
         self.failures: list[float] = []
+
+    @cached_property
+    def exact(self) -> LowerLevelProblem:
+        """The problem in float64, or as it is where that can't be had."""
+        exact = self.problem.double()
+        return self.problem if exact is None else exact
 
     def solve(
         self,
@@ -89,13 +95,14 @@ class Refiner:
         as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
-        if aim is None and self._plain_will_do(residual_tol):
-            return self._plainly(q0, residual_tol)
-        point = start = self.point(self.lower_solution.x)
+        rough = self._rough_point() if aim is None else None
+        if rough is not None and self._plain_will_do(rough, residual_tol):
+            return self._plainly(rough, q0, residual_tol)
+        point = self.point(self.lower_solution.x, None if rough is None else rough.linearization)
         if aim is not None and point.columns is None:
             point = self._nearer(point)
-        rhs = self.loss.grad(self.lower_solution.x) if point is start else point.loss_grad.to(self.problem.dtype)
-        residual_tol = residual_tol * norm(rhs) if relative else residual_tol
+        rhs = point.loss_grad.to(self.problem.dtype)
+        residual_tol = residual_tol * point.loss_grad_norm.to(rhs) if relative else residual_tol
         solve = self.linear.solve if aim is None else self.linear.begin
         self.linear_solution = solve(point.working, rhs, residual_tol, q0=q0)
         if aim is not None:
@@ -108,19 +115,24 @@ class Refiner:
         """Whether there are too many for columns of J."""
         return sum(p.numel() for p in self.problem.theta.values()) > MANY_PARAMETERS
 
-    def _plain_will_do(self, residual_tol: Tensor | float) -> bool:
-        """Whether the classical certificate can be expected not to notice the rounding of float32 data."""
-        smoothness = self.problem.constants().smoothness
-        if not self.plain or self.many_parameters or self.exact is self.problem or smoothness is None:
-            return False
-        size = norm(self.loss.grad(self.lower_solution.x)).double()
-        return not bool((residual_rounding(self.problem.dtype, smoothness, size, size) > PLAINLY * residual_tol).any())
+    def _rough_point(self) -> Point | None:
+        """The point in the dtype of float32 data, if that may do for the classical certificate."""
+        if not self.plain or self.many_parameters or self.problem.dtype == torch.float64:
+            return None
+        if self.problem.constants().smoothness is None:
+            return None
+        return Point(self.problem, self.loss, self.lower_solution.x, failures=self.failures, plain=True)
 
-    def _plainly(self, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
+    @staticmethod
+    def _plain_will_do(rough: Point, residual_tol: Tensor | float) -> bool:
+        """Whether the classical certificate can be expected not to notice the rounding of float32 data."""
+        size, smoothness = rough.loss_grad_norm, rough.constants.smoothness
+        return not bool((residual_rounding(rough.x.dtype, smoothness, size, size) > PLAINLY * residual_tol).any())
+
+    def _plainly(self, point: Point, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
         """The adjoint and the classical certificate, in the dtype of the data if its rounding is not noticed there."""
-        x = self.lower_solution.x
-        point = Point(self.problem, self.loss, x, failures=self.failures, plain=True)
-        at, solution = point.working, self.linear.solve(point.working, point.loss_grad, residual_tol, q0=q0)
+        x, at = point.x, point.working
+        solution = self.linear.solve(at, point.loss_grad, residual_tol, q0=q0)
         self.linear_solution = solution
         if not unnoticed(point, solution) or point.columns is None:
             dtype = self.exact.dtype
@@ -169,10 +181,11 @@ class Refiner:
             residual_tol = residual_tol * tighter.to(rhs.dtype)
         if point is not start:
             rhs = point.loss_grad.to(rhs.dtype)
-            latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, rhs), q0=solution.q)
+            latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, point), q0=solution.q)
             self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
         elif bool((residual_tol < solution.residual_norm).any()):
-            self.linear_solution = self.linear.resume(point.working, rhs, solution, self._attainable(residual_tol, rhs))
+            residual_tol = self._attainable(residual_tol, point)
+            self.linear_solution = self.linear.resume(point.working, rhs, solution, residual_tol)
         return point
 
     def polish(self) -> None:
@@ -183,11 +196,11 @@ class Refiner:
         if not isinstance(self.linear, ConjugateGradient):
             self.linear, self.resumable = self.newton_solver, None
 
-    def point(self, x: Tensor) -> Point:
+    def point(self, x: Tensor, working: Linearization | None = None) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
         if self.exact is self.problem:
             return Point(self.exact, self.loss, x, failures=self.failures, plain=self.plain)
-        working = self.problem.linearize(x.to(self.problem.dtype))
+        working = self.problem.linearize(x.to(self.problem.dtype)) if working is None else working
         there = x.dtype == self.problem.dtype
         exact = x.to(self.exact.dtype)
         return Point(self.exact, self.loss, exact, working, there, failures=self.failures, plain=self.plain)
@@ -211,7 +224,7 @@ class Refiner:
         """The point x + s with H s = -G solved to ``factor`` of ||G||; samples whose gradient does not shrink are
         solved by the globally convergent Newton-CG instead."""
         rhs = -point.gradient
-        tol = self._attainable(_known(factor * norm(rhs)), rhs)
+        tol = self._above_floor(_known(factor * point.measured_grad_norm), point.measured_grad_norm)
         # the gradient at the new point is measured: the residual of the system need not be checked
         step = self.newton_solver._solve(
             point.working, rhs.to(self.problem.dtype), tol.to(self.problem.dtype), check=False
@@ -251,12 +264,12 @@ class Refiner:
         same = point is current.point
         if same and self.resumable is not None and self.resumable[0] is current:
             solution, rhs = self.resumable[1], point.loss_grad.to(self.problem.dtype)
-            if self.exact is self.problem or bool((residual_tol >= FLOAT32_RELATIVE * norm(rhs)).all()):
+            if self.exact is self.problem or bool((residual_tol >= FLOAT32_RELATIVE * point.loss_grad_norm).all()):
                 solution = self.linear.resume(point.working, rhs, solution, residual_tol.to(rhs.dtype))
                 self.linear_solution = solution
                 return self._resumable(self._estimate(point, solution.q.to(current.q.dtype), solution), solution)
         residual = current.residual if same else point.loss_grad - point.linearization.hvp(current.q)
-        residual_tol = self._attainable(residual_tol.to(residual.dtype), residual)
+        residual_tol = self._above_floor(residual_tol, current.point.norm(residual) if same else norm(residual))
         latest = self.linear.solve(point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
         before = self.linear_solution
         iterations = latest.iterations if before is None else latest.iterations + before.iterations
@@ -271,10 +284,15 @@ class Refiner:
         self.resumable = (result, solution)
         return result
 
-    def _attainable(self, tol: Tensor, rhs: Tensor) -> Tensor:
+    def _attainable(self, tol: Tensor, point: Point) -> Tensor:
+        """A tolerance for the adjoint of the point."""
+        return self._above_floor(tol, point.loss_grad_norm)
+
+    def _above_floor(self, tol: Tensor, size: Tensor) -> Tensor:
+        """A tolerance that a solve in the dtype of the data can be asked for, ``size`` being ||b||."""
         if self.problem.dtype == torch.float64:
             return tol
-        return torch.maximum(tol, FLOAT32_RELATIVE * norm(rhs).to(tol.dtype))
+        return torch.maximum(tol, FLOAT32_RELATIVE * size.to(tol.dtype))
 
     def improve(self, current: Estimate, goal: float, *, newton: bool, names: tuple[str, ...]) -> Estimate:
         """One round towards mean bound <= goal: the lower level if it dominates, then the adjoint.

@@ -24,6 +24,7 @@ from bilevel_imaging.linear_solvers._systems import (
     Operator,
     PreconditionerChoice,
     Systems,
+    divided,
     multiplied,
     resumed,
     start,
@@ -44,9 +45,11 @@ class Recurrence(abc.ABC):
     ``step`` advances ``systems.q``, ``.r`` and ``.residual`` of the ``running`` samples with one product and leaves
     the bits of the other iterates alone. ``memory`` names the attributes from which a run can be resumed.
     ``everyone`` says that all samples run (known on the CPU only, where it is free to ask): masks can be left out then.
+    ``drift`` is how far the recursed residuals were from the true ones, ``(A,)``, if ``finish`` has replaced those.
     """
 
     everyone = False
+    drift: Tensor | None = None
     memory: tuple[str, ...] = ()
 
     def __init__(self, operator: Operator, systems: Systems):
@@ -55,8 +58,9 @@ class Recurrence(abc.ABC):
     @abc.abstractmethod
     def step(self, operator: Operator, running: Tensor) -> None: ...
 
-    def finish(self, operator: Operator, max_iter: int) -> bool:
-        """Advance ``systems`` until every sample has stopped, in compiled code; False if that can't be done here."""
+    def finish(self, operator: Operator, max_iter: int, *, check: bool) -> bool:
+        """Advance ``systems`` until every sample has stopped, in compiled code; False if that can't be done here.
+        With ``check``, the samples that ran are left with their true residuals, and ``drift`` is set."""
         return False
 
     def take(self, index: Tensor, systems: Systems) -> None:
@@ -128,9 +132,12 @@ class IterativeSolver(LinearSolver):
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         limit = self.max_iter if max_iter is None else whole("max_iter", max_iter, 0)
         operator = Operator(linearization, self.preconditioner)
-        scale = units(norm(rhs), rhs)
-        systems = start(operator, rhs.detach(), q0, tol, scale)
-        memory = self._run(operator, systems, limit, None, check=check, fresh=q0 is None)
+        size = norm(rhs)
+        scale = units(size, rhs)
+        systems = start(operator, rhs.detach(), q0, tol, scale, size)
+        zero = systems.b.new_zeros(()).expand_as(systems.b)  # nobody writes to the right-hand side
+        origin = (zero, systems.b) if q0 is None else None
+        memory = self._run(operator, systems, limit, None, check=check, origin=origin)
         solution = _solution(systems, scale, tol, q0, memory)
         return solution if check or self.residual_is_true else replace(solution, verified=False)
 
@@ -144,8 +151,9 @@ class IterativeSolver(LinearSolver):
         tol = as_per_sample(residual_tol, rhs, "residual_tol")
         operator = Operator(linearization, self.preconditioner)
         scale = units(norm(rhs), rhs)
-        systems = resumed(rhs.detach(), previous, tol, scale)
-        memory = self._run(operator, systems, self.max_iter, previous.memory, check=True)
+        images = divided(previous.q, scale), divided(previous.residual, scale)
+        systems = resumed(rhs.detach(), previous, images, tol, scale)
+        memory = self._run(operator, systems, self.max_iter, previous.memory, check=True, origin=images)
         solution = _solution(systems, scale, tol, previous.q, memory)
         verified = previous.verified or bool((solution.iterations > 0).all())
         return replace(solution, iterations=solution.iterations + previous.iterations, verified=verified)
@@ -158,9 +166,10 @@ class IterativeSolver(LinearSolver):
         memory: dict[str, Tensor] | None,
         *,
         check: bool,
-        fresh: bool = False,
+        origin: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor] | None:
-        """Iterate, check, and restart the samples whose recursion had drifted; returns what a resumed run needs."""
+        """Iterate, check, and restart the samples whose recursion had drifted; returns what a resumed run needs.
+        ``origin``: q and r at the start, where others hold them."""
         # a recursed residual goes on falling below the rounding errors of q; there a restart takes over
         floor = 0.0 if self.residual_is_true else torch.finfo(systems.b.dtype).eps / 8
         while True:
@@ -169,13 +178,13 @@ class IterativeSolver(LinearSolver):
             entered = systems.status == RUNNING
             if not bool(entered.any()):
                 break
-            # a start from 0, where r is b, needs no copies
-            images = (systems.b.new_zeros(()).expand_as(systems.b), systems.b) if fresh else (systems.q, systems.r)
-            before = (*(v if fresh else v.clone() for v in images), systems.residual.clone())
-            fresh = False
-            memory = iterate(self.recurrence, operator, systems, limit, memory)
-            if check and not self.residual_is_true:
-                _verify(operator, systems, entered, before)
+            images = (systems.q.clone(), systems.r.clone()) if origin is None else origin
+            before = (*images, systems.residual.clone())
+            origin = None
+            checked = check and not self.residual_is_true
+            memory, drift = iterate(self.recurrence, operator, systems, limit, memory, check=checked)
+            if checked:
+                _verify(operator, systems, entered, before, drift)
                 if bool((systems.status == RUNNING).any()):
                     memory = None
             else:
@@ -190,17 +199,20 @@ def iterate(
     systems: Systems,
     max_iter: int,
     memory: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor] | None:
+    *,
+    check: bool = False,
+) -> tuple[dict[str, Tensor] | None, Tensor | None]:
     """Advance the running samples of ``systems`` until each has stopped; the batch shrinks when half of it has.
 
-    Starts from ``memory`` if given; returns the memory of the whole batch.
+    Starts from ``memory`` if given; returns the memory of the whole batch. With ``check`` compiled code leaves true
+    residuals and how far the recursed ones were from them; elsewhere the latter is ``None``, and they are to be checked.
     """
     work, index = systems, None
     saved: dict[str, Tensor] = {}
     state = _begin(recurrence, operator, work, memory)
-    if state.finish(operator, max_iter):
+    if state.finish(operator, max_iter, check=check):
         state.save(index, saved)
-        return saved or None
+        return saved or None, state.drift
     on_cpu = systems.q.device.type == "cpu"
     can_shrink, unchanged = True, False
     for step in itertools.count():
@@ -231,7 +243,7 @@ def iterate(
     if index is not None:
         systems.put(index, work)
     state.save(index, saved)
-    return saved or None
+    return saved or None, None
 
 
 def _begin(
@@ -243,17 +255,25 @@ def _begin(
     return state
 
 
-def _verify(operator: Operator, systems: Systems, entered: Tensor, before: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Replace recursed residuals by true ones; samples whose recursion had drifted are set running again."""
-    true_r = systems.b - operator.hvp_where(entered, systems.q)
-    if not bool(entered.all()):
-        true_r = torch.where(per_sample(entered, true_r), true_r, systems.r)
+def _verify(
+    operator: Operator,
+    systems: Systems,
+    entered: Tensor,
+    before: tuple[Tensor, Tensor, Tensor],
+    drift: Tensor | None,
+) -> None:
+    """Replace recursed residuals by true ones, unless that is done (``drift``); samples whose recursion had drifted are
+    set running again."""
+    if drift is None:
+        true_r = systems.b - operator.hvp_where(entered, systems.q)
+        if not bool(entered.all()):
+            true_r = torch.where(per_sample(entered, true_r), true_r, systems.r)
+        drift = norm(true_r - systems.r)
+        systems.r = true_r
+        systems.residual = torch.where(entered, squared_norm(true_r).sqrt(), systems.residual)
     mu = operator.linearization.constants.strong_convexity
     if mu is not None:  # the recurrence has bounded the norm of its own residual
-        systems.energy = systems.energy + norm(true_r - systems.r) / mu.to(systems.energy).sqrt()
-    systems.r = true_r
-    true = squared_norm(systems.r).sqrt()
-    systems.residual = torch.where(entered, true, systems.residual)
+        systems.energy = systems.energy + drift / mu.to(systems.energy).sqrt()
     good = entered & (systems.residual <= systems.tol)
     again = entered & ~good & (systems.status == DONE)
     gained = systems.residual <= _RESTART_GAIN * before[2]
@@ -280,8 +300,10 @@ def _solution(
     q = multiplied(systems.q, scale)
     if q0 is not None:
         # returned as given, not through the units
-        untouched = (systems.iterations == 0) & (systems.q != 0).flatten(1).any(1)
-        q = torch.where(per_sample(untouched, q), q0.detach(), q)
+        idle = systems.iterations == 0
+        if bool(idle.any()):
+            untouched = idle & (systems.q != 0).flatten(1).any(1)
+            q = torch.where(per_sample(untouched, q), q0.detach(), q)
     residual = multiplied(systems.residual, scale)
     converged = (residual <= tol) & (systems.status != NOT_FINITE)
     # DONE and not converged: the recursion went to its floor, or the tolerance is below the smallest number

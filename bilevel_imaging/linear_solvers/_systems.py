@@ -131,14 +131,15 @@ def multiplied(v: Tensor, scale: Tensor | None) -> Tensor:
     return v if scale is None else v * per_sample(scale, v)
 
 
-def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: Tensor | None) -> Systems:
-    """Normalized systems at q0, or at 0 where that is nearer in the energy norm; trivial samples are done."""
+def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: Tensor | None, size: Tensor) -> Systems:
+    """Normalized systems at q0, or at 0 where that is nearer in the energy norm; trivial samples are done. ``size`` is
+    ||b||, ``(B,)``, without units."""
     finite = torch.ones(b.shape[:1], dtype=torch.bool, device=b.device)
     if scale is not None:  # else its norms are known to be finite
         finite = b.isfinite().flatten(1).all(1)
         b = torch.where(per_sample(finite, b), divided(b, scale), 0.0)
     q, r = torch.zeros_like(b), b.clone()
-    residual, tol = norm(b), divided(tol, scale)
+    residual, tol = size if scale is None else norm(b), divided(tol, scale)
     if q0 is not None:
         start = divided(q0.detach(), scale)
         r0 = b - operator.hvp(start)
@@ -156,8 +157,10 @@ def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: 
     return Systems(b, q, r, tol, tol.clone(), residual, energy, status, torch.zeros_like(status))
 
 
-def resumed(b: Tensor, previous: LinearSolution, tol: Tensor, scale: Tensor | None) -> Systems:
-    """Normalized systems where an earlier run left them."""
+def resumed(
+    b: Tensor, previous: LinearSolution, images: tuple[Tensor, Tensor], tol: Tensor, scale: Tensor | None
+) -> Systems:
+    """Normalized systems where an earlier run left them, with ``images`` q and r in these units, which are copied."""
     finite = previous.residual_norm.isfinite()
     if scale is not None:
         finite = finite & b.isfinite().flatten(1).all(1)
@@ -167,8 +170,7 @@ def resumed(b: Tensor, previous: LinearSolution, tol: Tensor, scale: Tensor | No
     status = torch.where(finite, status, NOT_FINITE)
     return Systems(
         b,
-        divided(previous.q, scale).clone(),
-        divided(previous.residual, scale).clone(),
+        *(image.clone() for image in images),
         tol,
         tol.clone(),
         residual,

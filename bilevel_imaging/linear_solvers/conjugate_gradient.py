@@ -25,7 +25,7 @@ class _Directions(Recurrence):
         super().__init__(operator, systems)
         z = systems.r if operator.precondition is None else operator.precondition(systems.r)
         self.p = z.clone()
-        self.rz = inner(systems.r, z)
+        self.rz = systems.residual.square() if operator.precondition is None else inner(systems.r, z)
         self.scratch = torch.empty_like(self.p)
         self.lowest = self._lowest_eigenvalue(operator)
         # Gauss-Radau: ||r||_{H^-1}^2 <= radau <r, P^-1 r>
@@ -57,7 +57,7 @@ class _Directions(Recurrence):
             self.radau = torch.where(running, radau, self.radau)
             self.systems.energy = torch.where(running, energy, self.systems.energy)
 
-    def finish(self, operator: Operator, max_iter: int) -> bool:
+    def finish(self, operator: Operator, max_iter: int, *, check: bool) -> bool:
         systems, stencil = self.systems, operator.stencil()
         if stencil is None or not native.serves(systems.q):
             return False
@@ -72,8 +72,9 @@ class _Directions(Recurrence):
             systems.status,
             systems.iterations,
         )
-        stencil.solve(systems.q, systems.r, self.p, at, max_iter)
+        stencil.solve(systems.q, systems.r, self.p, at, max_iter, systems.b.contiguous() if check else None)
         systems.residual, systems.energy = at.residual.to(systems.residual), at.energy.to(systems.energy)
+        self.drift = at.drift.to(systems.energy) if check else None
         systems.status, systems.iterations = at.status.clone(), at.iterations.clone()
         self.rz, self.radau = at.rz.to(self.rz), None if self.radau is None else at.radau.to(self.radau)
         return True

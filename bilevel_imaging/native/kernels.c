@@ -82,6 +82,7 @@ static double sum(const double *values, int64_t n) {
 #endif
 typedef int32_t indices_float32 __attribute__((vector_size(64)));
 typedef int64_t indices_float64 __attribute__((vector_size(64)));
+typedef double vector_float64 __attribute__((vector_size(64)));
 
 #define REAL float
 #define NAME(f) f##_float32

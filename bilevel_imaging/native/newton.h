@@ -112,14 +112,14 @@ static double NAME(newton_direction)(
     const double residual = now->size / unit, floor = residual * (sizeof(REAL) == 4 ? 0x1p-26 : 0x1p-55);
     if (part->thread == 0) {
         const NAME(Progress) start = {
-            residual, tol / unit > floor ? tol / unit : floor, residual * residual, NAN, NAN, INFINITY, RUNNING, 0};
+            residual, tol / unit > floor ? tol / unit : floor, residual * residual, NAN, NAN, INFINITY, 0, RUNNING, 0};
         shared->system = start;
     }
     wait_for_team(part->team);
     NAME(Stencil) system = e->data;
     system.a = other->n0, system.b = other->n1, system.c = other->inverse;
     NAME(solve_one)(
-        &system, q, other->x, other->grad, z, shared->squares, part->work, &shared->system, max_inner, part->thread,
+        &system, NULL, q, other->x, other->grad, z, shared->squares, part->work, &shared->system, max_inner, part->thread,
         part->team);
     for (int64_t row = part->from; row < part->to; row++) {
         for (int64_t j = row * w; j < (row + 1) * w; j++) q[j] *= back;

@@ -12,9 +12,23 @@ typedef struct {
     int64_t rows, height, width;
 } NAME(Stencil);
 
+/* Stencil of weight D^T (I - (u n^T + n u^T) / 2) D / s at `size` pixels; a, b, c may be any of n0, n1, inverse. */
+static void NAME(tv_model)(
+    const REAL *n0, const REAL *n1, const REAL *u0, const REAL *u1, const REAL *inverse, REAL weight, REAL *a, REAL *b,
+    REAL *c, int64_t size
+) {
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) {
+        const REAL scale = weight * inverse[j], x = n0[j], y = n1[j];
+        a[j] = scale * (1 - u0[j] * x);
+        b[j] = -scale * (REAL)0.5 * (u0[j] * y + u1[j] * x);
+        c[j] = scale * (1 - u1[j] * y);
+    }
+}
+
 /* Scratch for the products of one thread: `above` and what follows it. */
 static REAL *NAME(scratch)(int64_t width, int64_t taps) {
-    return malloc((2 * width + taps) * sizeof(REAL));
+    return aligned_malloc((2 * width + taps) * sizeof(REAL));
 }
 
 /* Row `row` of the stencil's product with p, into z; returns <p, z> on it. `above` holds the vertical part of the row
@@ -112,21 +126,49 @@ void NAME(stencil_product)(
 }
 
 /* State of one system's conjugate gradients, read and written. `rz` = ||r||^2; `radau` and `lowest` are those of the
-   Gauss-Radau bound of the energy norm (NaN: none). */
+   Gauss-Radau bound of the energy norm (NaN: none). `drift` is how far the recursed residual was from the true one. */
 typedef struct {
-    double residual, target, rz, radau, lowest, energy;
+    double residual, target, rz, radau, lowest, energy, drift;
     int64_t status, iterations;
 } NAME(Progress);
 
-/* Conjugate gradients on one sample, by a team of threads that share its rows. Sums are formed row by row and then over
-   all rows in order, so the result does not depend on the number of threads. `sums` is scratch of 2 * rows. */
+/* r = rhs - (the stencil) q with its norm, and the norm of what that changes; rows and sums as in `solve_one`. */
+static void NAME(verify)(
+    const NAME(Stencil) *s, const REAL *rhs, const REAL *q, REAL *r, REAL *z, double *sums, REAL *work,
+    NAME(Progress) *now, int64_t from, int64_t to, int team
+) {
+    const int64_t w = s->width;
+    double *squares = sums, *changes = sums + s->rows;
+    if (from < to && from > 0) NAME(vertical)(s, q, from - 1, work, work + w);
+    for (int64_t row = from; row < to; row++) {
+        NAME(row_product)(s, q, row, z, work, work + w);
+        double square = 0, change = 0;
+#pragma omp simd reduction(+ : square, change)
+        for (int64_t j = row * w; j < (row + 1) * w; j++) {
+            const REAL residual = rhs[j] - z[j], moved = residual - r[j];
+            square += (double)residual * residual;
+            change += (double)moved * moved;
+            r[j] = residual;
+        }
+        squares[row] = square;
+        changes[row] = change;
+    }
+    wait_for_team(team);
+    now->residual = sqrt(sum(squares, s->rows));
+    now->drift = sqrt(sum(changes, s->rows));
+}
+
+/* Conjugate gradients on one sample, by a team of threads that share its rows, and with `rhs` the residual that they end
+   with. Sums are formed row by row and then over all rows in order, so the result does not depend on the number of
+   threads. `sums` is scratch of 2 * rows. */
 static void NAME(solve_one)(
-    const NAME(Stencil) *s, REAL *q, REAL *r, REAL *p, REAL *z, double *sums, REAL *work, NAME(Progress) *shared,
-    int64_t max_iter, int thread, int team
+    const NAME(Stencil) *s, const REAL *rhs, REAL *q, REAL *r, REAL *p, REAL *z, double *sums, REAL *work,
+    NAME(Progress) *shared, int64_t max_iter, int thread, int team
 ) {
     const int64_t w = s->width, from = s->rows * thread / team, to = s->rows * (thread + 1) / team;
     double *curvatures = sums, *squares = sums + s->rows;
     NAME(Progress) now = *shared;
+    const int runs = now.status == RUNNING;
     wait_for_team(team); /* everybody has read it */
     REAL alpha = 0, beta = 0;
     int pending = 0; /* q += alpha p and p = r + beta p are put off until the next product, which passes over p anyway */
@@ -173,48 +215,50 @@ static void NAME(solve_one)(
         else now.status = MAX_ITER;
     }
     wait_for_team(team);
+    if (runs && rhs) NAME(verify)(s, rhs, q, r, z, sums, work, &now, from, to, team);
     if (thread == 0) *shared = now;
 }
 
-/* Conjugate gradients for (the stencil) q = b, all samples; q, r, p and `progress` go on from where they are. */
+/* Conjugate gradients for (the stencil) q = rhs, all samples; q, r, p and `progress` go on from where they are, and r
+   becomes the true residual where `rhs` is not NULL. With a `weight` that is not NaN, a, b and c are n0, n1 and 1 / s of
+   total variation, from which the stencil is made image by image, in the cache. */
 void NAME(stencil_solve)(
-    const REAL *a, const REAL *b, const REAL *c, const REAL *diagonal, REAL constant, const REAL *filters, int64_t terms,
-    int64_t taps, REAL *q, REAL *r, REAL *p, void *progress, int64_t count, int64_t rows, int64_t height, int64_t width,
-    int64_t max_iter, int threads
+    const REAL *a, const REAL *b, const REAL *c, REAL weight, const REAL *diagonal, REAL constant, const REAL *filters,
+    int64_t terms, int64_t taps, const REAL *rhs, REAL *q, REAL *r, REAL *p, void *progress, int64_t count, int64_t rows,
+    int64_t height, int64_t width, int64_t max_iter, int threads
 ) {
     const NAME(Stencil) first = {a, b, c, diagonal, constant, {filters, terms, taps}, rows, height, width};
     NAME(Progress) *all = progress;
-    const int64_t size = rows * width;
-    if (count >= threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            REAL *z = malloc(size * sizeof(REAL)), *work = NAME(scratch)(width, taps);
-            double *sums = malloc(2 * rows * sizeof(double));
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t at = i * size;
-                const NAME(Stencil) s = NAME(sample)(&first, i);
-                NAME(solve_one)(&s, q + at, r + at, p + at, z, sums, work, all + i, max_iter, 0, 1);
-            }
-            free(z);
-            free(work);
-            free(sums);
-        }
-        return;
-    }
-    REAL *z = malloc(size * sizeof(REAL));
-    double *sums = malloc(2 * rows * sizeof(double));
-#pragma omp parallel num_threads(threads)
+    const int64_t size = rows * width, apart = NAME(spread)(size), lines = NAME(spread)(2 * width + taps);
+    const int team = count >= threads ? 1 : threads, outside = team == 1 ? threads : 1;
+#pragma omp parallel num_threads(outside) if (outside > 1)
     {
-        REAL *work = NAME(scratch)(width, taps);
+        const int64_t images = apart * (isnan(weight) ? 1 : 4);
+        REAL *z = aligned_malloc((images + team * lines) * sizeof(REAL));
+        REAL *own[] = {z + apart, z + 2 * apart, z + 3 * apart};
+        double *sums = malloc(2 * rows * sizeof(double));
+#pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) {
+            if (all[i].status != RUNNING) continue;
+            NAME(Stencil) s = NAME(sample)(&first, i);
+            const NAME(Stencil) given = s;
+            if (!isnan(weight)) s.a = own[0], s.b = own[1], s.c = own[2];
             const int64_t at = i * size;
-            const NAME(Stencil) s = NAME(sample)(&first, i);
-            NAME(solve_one)(
-                &s, q + at, r + at, p + at, z, sums, work, all + i, max_iter, thread_number(), team_size());
+#pragma omp parallel num_threads(team) if (team > 1)
+            {
+                const int thread = team > 1 ? thread_number() : 0, present = team > 1 ? team_size() : 1;
+                const int64_t from = rows * thread / present * width, to = rows * (thread + 1) / present * width;
+                if (!isnan(weight))
+                    NAME(tv_model)(
+                        given.a + from, given.b + from, given.a + from, given.b + from, given.c + from, weight,
+                        own[0] + from, own[1] + from, own[2] + from, to - from);
+                wait_for_team(present);
+                NAME(solve_one)(
+                    &s, rhs ? rhs + at : NULL, q + at, r + at, p + at, z, sums, z + images + thread * lines, all + i,
+                    max_iter, thread, present);
+            }
         }
-        free(work);
+        free(z);
+        free(sums);
     }
-    free(z);
-    free(sums);
 }

@@ -4,6 +4,7 @@ conjugate gradients."""
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from bilevel_imaging.native.convolutions import SeparableConvolution
 from bilevel_imaging.native.library import function, integers, pointer, reals, threads
+from bilevel_imaging.native.total_variation import model_field
 
-_PROGRESS = 8  # numbers in the C struct: six doubles and two integers, 8 bytes each
+_DOUBLES, _INTEGERS = 7, 2  # numbers in the C struct, 8 bytes each
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Stencil:
         diagonal: d, contiguous, ``(B, C, H, W)``, or ``None`` if it is the same number everywhere.
         constant: that number.
         convolution: K, symmetric, or ``None``.
+        weight: if given, ``field`` is the unit field n of total variation and 1 / s, as in ``linearize``, and
+            M = weight (I - n n^T) / s: a solver makes that of one image at a time, in the cache.
         count: told how many products have been made.
     """
 
@@ -34,6 +38,7 @@ class Stencil:
     diagonal: Tensor | None = None
     constant: float = 0.0
     convolution: SeparableConvolution | None = None
+    weight: float | None = None
     count: Callable[[int], None] = lambda products: None
 
     def plus(self, diagonal: Tensor) -> Stencil:
@@ -58,13 +63,18 @@ class Stencil:
 
     def product(self, v: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
+        if self.weight is not None:
+            unit, reciprocal = self.field[:2], self.field[2:]
+            return replace(self, field=model_field(unit, unit, reciprocal, self.weight), weight=None).product(v)
         v = v.contiguous()
         z = torch.empty_like(v)
         kernel = function("stencil_product", v.dtype)
-        kernel(pointer(v), *self._operator(), pointer(z), *self._sizes(), threads())
+        kernel(pointer(v), *self._planes(), *self._rest(), pointer(z), *self._sizes(), threads())
         return z
 
-    def solve(self, q: Tensor, r: Tensor, p: Tensor, states: SystemStates, max_iter: int) -> None:
+    def solve(
+        self, q: Tensor, r: Tensor, p: Tensor, states: SystemStates, max_iter: int, rhs: Tensor | None = None
+    ) -> None:
         """Conjugate gradients, in place, until every system has stopped.
 
         A sample runs while its status is 0 (running), its residual is above its target and it has made fewer than
@@ -76,20 +86,25 @@ class Stencil:
             p: their search directions, likewise.
             states: where the runs stand; changed.
             max_iter: limit of iterations.
+            rhs: if given, contiguous, of those samples that run r becomes ``rhs`` minus the product with q, which takes
+                one product more; ``states`` tell its norm and how far the recursion was from it.
         """
-        before = states.iterations.sum()
+        before, running = states.iterations.sum(), 0 if rhs is None else int((states.status == 0).sum())
         kernel = function("stencil_solve", q.dtype)
         sizes, limit = self._sizes(), ctypes.c_int64(max_iter)
-        vectors = (pointer(q), pointer(r), pointer(p), pointer(states.table))
-        kernel(*self._operator(), *vectors, *sizes, limit, threads())
-        self.count(int(states.iterations.sum() - before))
+        vectors = (pointer(rhs), pointer(q), pointer(r), pointer(p), pointer(states.table))
+        weight = reals(q.dtype, math.nan if self.weight is None else self.weight)
+        kernel(*self._planes(), *weight, *self._rest(), *vectors, *sizes, limit, threads())
+        self.count(int(states.iterations.sum() - before) + running)
 
-    def _operator(self) -> tuple:
-        a, b, c = (pointer(plane) for plane in self.field)
+    def _planes(self) -> tuple[ctypes.c_void_p, ...]:
+        return tuple(pointer(plane) for plane in self.field)
+
+    def _rest(self) -> tuple:
+        """The diagonal and the convolution."""
         filters = None if self.convolution is None else self.convolution.filters
         terms, taps = (0, 0) if filters is None else filters.shape[2:5:2]
-        local = (a, b, c, pointer(self.diagonal), *reals(self.field.dtype, self.constant))
-        return *local, pointer(filters), *integers(terms, taps)
+        return pointer(self.diagonal), *reals(self.field.dtype, self.constant), pointer(filters), *integers(terms, taps)
 
     def _sizes(self) -> tuple[ctypes.c_int64, ...]:
         _, batch, channels, height, width = self.field.shape
@@ -116,15 +131,16 @@ class SystemStates:
         status: Tensor,
         iterations: Tensor,
     ):
-        self.table = torch.empty((len(residual), _PROGRESS), dtype=torch.float64)
-        for column, value in enumerate((residual, target, rz, radau, lowest, energy)):
+        self.table = torch.empty((len(residual), _DOUBLES + _INTEGERS), dtype=torch.float64)
+        for column, value in enumerate((residual, target, rz, radau, lowest, energy, 0.0)):
             self.table[:, column] = torch.nan if value is None else value
         self.counters = self.table.view(torch.int64)
-        self.counters[:, 6], self.counters[:, 7] = status, iterations
+        self.counters[:, _DOUBLES], self.counters[:, _DOUBLES + 1] = status, iterations
 
     residual = property(lambda self: self.table[:, 0])
     rz = property(lambda self: self.table[:, 2])
     radau = property(lambda self: self.table[:, 3])
     energy = property(lambda self: self.table[:, 5])
-    status = property(lambda self: self.counters[:, 6])
-    iterations = property(lambda self: self.counters[:, 7])
+    drift = property(lambda self: self.table[:, 6])
+    status = property(lambda self: self.counters[:, _DOUBLES])
+    iterations = property(lambda self: self.counters[:, _DOUBLES + 1])

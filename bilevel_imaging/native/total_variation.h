@@ -114,20 +114,6 @@ void NAME(tv_product)(
     }
 }
 
-/* Stencil of weight D^T (I - (u n^T + n u^T) / 2) D / s at `size` pixels; a, b, c may be any of n0, n1, inverse. */
-static void NAME(tv_model)(
-    const REAL *n0, const REAL *n1, const REAL *u0, const REAL *u1, const REAL *inverse, REAL weight, REAL *a, REAL *b,
-    REAL *c, int64_t size
-) {
-#pragma omp simd
-    for (int64_t j = 0; j < size; j++) {
-        const REAL scale = weight * inverse[j], x = n0[j], y = n1[j];
-        a[j] = scale * (1 - u0[j] * x);
-        b[j] = -scale * (REAL)0.5 * (u0[j] * y + u1[j] * x);
-        c[j] = scale * (1 - u1[j] * y);
-    }
-}
-
 /* The dual field v of a row after a step t along d: (1 - t) u + t (n + (Dd - u <n, Dd>) / s), scaled back where longer
    than 1; `below` is the next row of d, or the same at the end of a plane. v may be u. */
 static void NAME(dual_row)(

@@ -11,12 +11,12 @@ from torch import Tensor
 from bilevel_imaging.native.library import function, integers, pointer, reals, threads
 
 
-def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit field n = Dx / s ``(2, B, C, H, W)``, 1 / s ``(1, B, C, H, W)`` and the gradient weight D^T n, with
+def linearize(x: Tensor, weight: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Unit field n = Dx / s and 1 / s, together ``(3, B, C, H, W)``, and the gradient weight D^T n, with
     s = sqrt(|Dx|^2 + smoothing^2), at x ``(B, C, H, W)``."""
     x = x.contiguous()
-    unit, reciprocal = x.new_empty((2, *x.shape)), x.new_empty((1, *x.shape))
-    return unit, reciprocal, _linearize(x, weight, smoothing, unit, reciprocal)
+    field = x.new_empty((3, *x.shape))
+    return field, _linearize(x, weight, smoothing, field[:2], field[2:])
 
 
 def _linearize(x: Tensor, weight: float, smoothing: float, unit: Tensor | None, reciprocal: Tensor | None) -> Tensor:

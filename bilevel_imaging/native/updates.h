@@ -25,10 +25,28 @@ static void NAME(move_and_turn)(
     }
 }
 
+/* Eight numbers in double. */
+typedef REAL NAME(Eight) __attribute__((vector_size(8 * sizeof(REAL)), aligned(sizeof(REAL)), may_alias));
+static inline vector_float64 NAME(eight)(const REAL *from) {
+    return __builtin_convertvector(*(const NAME(Eight) *)from, vector_float64);
+}
+
+/* In double, so that squares of tiny numbers do not underflow; four sums, each of which waits for itself. */
 static double NAME(dot)(const REAL *u, const REAL *v, int64_t n) {
-    double total = 0; /* so that squares of tiny numbers do not underflow */
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < n; j++) total += (double)u[j] * v[j];
+    vector_float64 sums[4] = {{0}};
+    int64_t j = 0;
+    if (u == v)
+        for (; j + 32 <= n; j += 32)
+            for (int64_t k = 0; k < 4; k++) {
+                const vector_float64 some = NAME(eight)(u + j + 8 * k);
+                sums[k] += some * some;
+            }
+    for (; j + 32 <= n; j += 32)
+        for (int64_t k = 0; k < 4; k++) sums[k] += NAME(eight)(u + j + 8 * k) * NAME(eight)(v + j + 8 * k);
+    double total = 0;
+    sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int64_t k = 0; k < 8; k++) total += sums[0][k];
+    for (; j < n; j++) total += (double)u[j] * v[j];
     return total;
 }
 

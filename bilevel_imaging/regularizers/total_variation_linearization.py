@@ -22,7 +22,7 @@ from bilevel_imaging.regularizers.differences import (
     weighted_laplacian_bound,
 )
 from bilevel_imaging.regularizers.relative_curvature import Lengths, change_along, reach, relative_norm
-from bilevel_imaging.regularizers.total_variation_newton import PrimalDualModel, model_stencil
+from bilevel_imaging.regularizers.total_variation_newton import PrimalDualModel
 from bilevel_imaging.tensors import norm
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ class TotalVariationLinearization(Linearization):
         self.shape = x.shape
         self.constants = regularizer.constants(x.shape)
         if regularizer.is_plain and native.serves(x):
-            unit, reciprocal, grad = native.linearize(x, float(self.weight), float(self.smoothing))
-            self.unit, self.reciprocal, self.grad = unit, reciprocal, grad
+            self._field, self.grad = native.linearize(x, float(self.weight), float(self.smoothing))
+            self.unit, self.reciprocal = self._field[:2], self._field[2:]
             return
+        self._field = None
         z = forward_differences(x)
         squared = regularizer._group(z * z)
         self.reciprocal = squared.add_(self.smoothing * self.smoothing).rsqrt_() if regularizer.isotropic else None
@@ -58,11 +59,8 @@ class TotalVariationLinearization(Linearization):
         return -self.weight * self.reciprocal
 
     def stencil(self) -> Stencil | None:
-        return self._stencil
-
-    @cached_property
-    def _stencil(self) -> Stencil | None:
-        return model_stencil(self, self.unit)
+        served = self._field is not None and native.serves(self._field)
+        return Stencil(self._field, weight=float(self.weight)) if served else None
 
     def hvp(self, v: Tensor) -> Tensor:
         if self.regularizer.is_plain and native.serves(self.unit, v):
@@ -311,7 +309,11 @@ class TotalVariationLinearization(Linearization):
         other.regularizer, other.weight, other.smoothing = self.regularizer, self.weight, self.smoothing
         other.shape = torch.Size((len(index), *self.shape[1:]))
         other.constants = self.constants.subset(index)
-        other.reciprocal, other.unit = self.reciprocal[:, index], self.unit[:, index]
+        other._field = None if self._field is None else self._field[:, index]
+        if other._field is None:
+            other.reciprocal, other.unit = self.reciprocal[:, index], self.unit[:, index]
+        else:
+            other.unit, other.reciprocal = other._field[:2], other._field[2:]
         other.grad = self.grad[index]
         return other
 

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
     from bilevel_imaging.regularizers.total_variation_linearization import TotalVariationLinearization
 
 
-def model_stencil(at: TotalVariationLinearization, dual: Tensor) -> Stencil | None:
-    """Compiled form of weight D^T (I - (u n^T + n u^T) / 2) D / s with u = ``dual``."""
-    if not (at.regularizer.is_plain and native.serves(at.unit)):
-        return None
-    return Stencil(native.model_field(at.unit, dual, at.reciprocal, float(at.weight)))
-
-
 class PrimalDualModel(NewtonModel):
     """weight D^T (I - (u n^T + n u^T) / 2) D / s, with a dual field |u| <= 1 in place of one n = Dx / s.
 
@@ -40,7 +33,10 @@ class PrimalDualModel(NewtonModel):
 
     @cached_property
     def _stencil(self) -> Stencil | None:
-        return model_stencil(self.at, self.dual)
+        at = self.at
+        if not (at.regularizer.is_plain and native.serves(at.unit)):
+            return None
+        return Stencil(native.model_field(at.unit, self.dual, at.reciprocal, float(at.weight)))
 
     def hvp(self, v: Tensor) -> Tensor:
         at = self.at
