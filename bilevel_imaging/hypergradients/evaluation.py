@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,14 +85,20 @@ class Estimate:
 
 
 def estimate(
-    point: Point, q: Tensor, *, gradient: bool = True, known: LinearSolution | None = None, thrifty: bool = False
+    point: Point,
+    q: Tensor,
+    *,
+    gradient: bool = True,
+    known: LinearSolution | None = None,
+    thrifty: bool = False,
+    enough: Callable[[float], float] | None = None,
 ) -> Estimate:
     """Evaluate -J^T q at the point: one HVP for the residual (unless the solver measured it), then bounds from that.
 
     With ``gradient=False`` only the loss interval is evaluated (``grad`` and ``bounds`` stay empty). ``known`` is the
     linear solve that ended with this residual; a bound of its energy norm is used if there is one. ``thrifty``: with
     parameters too many for columns of J, Euclidean bounds cost several products and are worse than the local one: they
-    are left out where that holds.
+    are left out where that holds; and where the local one is below what ``enough`` makes of the norm of the estimate.
     """
     q_norm = point.norm(q)
     residual, product, rounding = _residual(point, q, q_norm, known)
@@ -113,13 +120,20 @@ def estimate(
     if point.value_reason:
         return partial
     local = None if point.plain else _local(point, q, product, residual, rounding, known, gradient)
-    if thrifty and gradient and point.columns is None and local is not None and bool(local.valid.all()):
-        partial = replace(partial, hessian=torch.full_like(measured, torch.inf), local=local)
-        partial = replace(partial, loss_interval=_loss_interval(partial, partial.hessian))
-        return _certify_local(partial, q_norm)
+    many = point.columns is None
+    near = local is not None and bool((local.curvature * local.distance < SMALL).all())
+    if (
+        gradient
+        and local is not None
+        and ((thrifty and many and bool(local.valid.all())) or (enough is not None and near and not many))
+    ):
+        alone = replace(partial, hessian=torch.full_like(measured, torch.inf), local=local)
+        alone = _certify_local(alone, q_norm)
+        if many or float(alone.bounds["local"].total.mean()) <= enough(alone.norm):
+            return replace(alone, loss_interval=_loss_interval(alone, alone.hessian))
     if gradient and point.reason:
         return partial
-    if not gradient and local is not None and bool((local.curvature * local.distance < SMALL).all()):
+    if not gradient and near:
         hessian, along = torch.full_like(measured, torch.inf), None  # the local interval is the smaller one
     else:
         hessian, along = _along(point, q, q_norm)
@@ -262,16 +276,20 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
 
 def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:
     """The local bound alone."""
-    bound, _ = certificates.local(e.local)
+    bound, components = certificates.local(e.local)
     # ||J|| <= ||J||_{H^-1} ||H||^(1/2)
     smoothness = e.point.constants.smoothness
     size = e.local.mixed_norms.norm(dim=1) * (smoothness.double().sqrt() if smoothness is not None else torch.inf)
     stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
-    representation = 8 * torch.finfo(e.q.dtype).eps * size * q_norm + stored * e.norm
+    rounded = 8 * torch.finfo(e.q.dtype).eps * size + COLUMN_UNITS * e.point.rounding
+    representation = rounded * q_norm + stored * e.norm
     bounds = {"local": replace(bound, remainder=bound.remainder + representation).without_nan()}
-    return replace(
-        e, bounds=bounds, rounding_share=_rounding_share(e, bounds, e.residual_norm - e.point.norm(e.residual))
-    )
+    if components is not None and e.point.columns is not None:
+        components = (components + representation.unsqueeze(1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    else:
+        components = None
+    rounding_share = _rounding_share(e, bounds, e.residual_norm - e.point.norm(e.residual))
+    return replace(e, bounds=bounds, component_bounds=components, rounding_share=rounding_share)
 
 
 def _local(

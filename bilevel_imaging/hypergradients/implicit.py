@@ -90,14 +90,15 @@ def hypergradient(
     linear = ConjugateGradient(preconditioner="auto") if linear is None else linear
     thrifty = certificate in ("auto", "polished")
     plain = certificate == "classical"
-    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear, thrifty=thrifty, plain=plain)
+    goal = None if relative is None and bound_tol is None else _Goal(relative, bound_tol)
+    enough = goal.bound if goal is not None and certificate == "auto" else None
+    refiner = Refiner(problem, oracle, lower or NewtonCG(), linear, thrifty=thrifty, plain=plain, enough=enough)
     names = ("classical", "directional", "metric", "local") if certificate in ("auto", "polished") else (certificate,)
     polished_from, verifier = None, None
     reason = ""
-    if relative is None and bound_tol is None:
+    if goal is None:
         current = _solve_at(refiner, x0, q0, error_tol, residual_tol)
     else:
-        goal = _Goal(relative, bound_tol)
         current, reason = _refine(refiner, x0, q0, goal, names, max_rounds)
     if certificate == "polished":
         polished_from = current

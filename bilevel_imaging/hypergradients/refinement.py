@@ -63,8 +63,9 @@ class Refiner:
         *,
         thrifty: bool = False,
         plain: bool = False,
+        enough: Callable[[float], float] | None = None,
     ):
-        self.thrifty, self.plain = thrifty, plain
+        self.thrifty, self.plain, self.enough = thrifty, plain, enough
         self.problem, self.loss, self.lower, self.linear = problem, loss, lower, linear
         self.newton_solver = ConjugateGradient(preconditioner="auto")
         self.lower_solution: LowerSolution | None = None
@@ -277,7 +278,7 @@ class Refiner:
         return self._estimate(point, current.q + latest.q.to(current.q.dtype), latest)
 
     def _estimate(self, point: Point, q: Tensor, known: LinearSolution) -> Estimate:
-        return estimate(point, q, known=known, thrifty=self.thrifty)
+        return estimate(point, q, known=known, thrifty=self.thrifty, enough=self.enough)
 
     def _resumable(self, result: Estimate, solution: LinearSolution) -> Estimate:
         """Remember the solve behind an estimate, so that it can go on instead of starting again."""

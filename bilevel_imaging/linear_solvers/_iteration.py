@@ -205,7 +205,7 @@ def iterate(
     """Advance the running samples of ``systems`` until each has stopped; the batch shrinks when half of it has.
 
     Starts from ``memory`` if given; returns the memory of the whole batch. With ``check`` compiled code leaves true
-    residuals and how far the recursed ones were from them; elsewhere the latter is ``None``, and they are to be checked.
+    residuals and how far the recursed ones were from them; elsewhere that is ``None``: check them.
     """
     work, index = systems, None
     saved: dict[str, Tensor] = {}
