@@ -146,20 +146,23 @@ class IdentityTerm(DataTerm):
         return IdentityTerm(self.y[index])
 
     def double(self) -> DataTerm:
-        return IdentityTerm(self.y.double())
+        other = IdentityTerm(self.y.double())
+        other._size = self._size  # of the same numbers
+        return other
 
     def coarse_gradient_scale(self, x: Tensor) -> Tensor:
-        return norm(x).double() + self._size
+        return norm(x).double() + self._size * (1 + 1e-6)
 
     @cached_property
     def _size(self) -> Tensor:
-        return norm(self.y).double() * (1 + 1e-6)
+        """||y||, ``(B,)`` float64, evaluated in the dtype of y or a coarser one."""
+        return norm(self.y).double()
 
     def diagonal(self) -> Tensor:
         return self.y.new_ones(())
 
     def expanded(self) -> tuple[Tensor, Tensor]:
-        return self.y, 0.5 * squared_norm(self.y)
+        return self.y, 0.5 * self._size.square()
 
 
 class MaskTerm(DataTerm):

@@ -25,7 +25,9 @@ def descend(
     asked = error_tol
     curvature, error_tol = within_rounding(problem, x, error_tol)
     counts = torch.zeros(x.shape[0], dtype=torch.int64)
-    x = x.clone(memory_format=torch.contiguous_format)
+    if not cold:  # a cold start is the solver's own
+        x = x.clone()
+    x = x.contiguous()
     state = NewtonState(
         size=torch.full_like(error_tol, torch.inf),
         best_x=torch.empty_like(x),

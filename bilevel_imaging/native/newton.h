@@ -39,7 +39,7 @@ typedef struct {
 typedef struct {
     int64_t from, to;
     int thread, team;
-    REAL *work; /* scratch of the stencil's products, and two rows */
+    REAL *work; /* scratch of the stencil's products, and three rows */
 } NAME(Part);
 
 /* Row `row` of x + t d. */
@@ -60,7 +60,7 @@ static void NAME(evaluate)(
         for (; made < part->to; made++) NAME(along_row)(to->x, x, d, t, made, w);
         wait_for_team(part->team);
     }
-    REAL *line = part->work, *above = line + 2 * w + s->convolution.taps, *linear = above + w;
+    REAL *line = part->work, *above = line + 2 * w + s->convolution.taps, *linear = above + w, *lengths = linear + w;
     if (d && made < part->to) NAME(along_row)(to->x, x, d, t, made++, w);
     if (part->from < part->to) NAME(variation_above)(to->x, part->from, e->smoothing, above, line, h, w);
     for (int64_t row = part->from; row < part->to; row++) {
@@ -72,12 +72,13 @@ static void NAME(evaluate)(
         NAME(variation_row)(here, below, e->weight, e->smoothing, to->n0 + at, to->n1 + at, inverse, above, out, w);
         for (int64_t j = 0; j < w; j++) linear[j] = s->constant * here[j] - b[j]; /* gradient of the data term */
         if (s->convolution.filters) NAME(row_convolution)(&s->convolution, to->x, row, h, w, linear, line);
+        NAME(inverses)(inverse, lengths, w);
         double value = 0, roots = 0, square = 0, slope = 0; /* so that squares of tiny numbers do not underflow */
         const REAL *along = d ? d + at : out;
 #pragma omp simd reduction(+ : value, roots, square, slope)
         for (int64_t j = 0; j < w; j++) {
             value += (double)here[j] * (linear[j] - b[j]);
-            roots += (double)(1 / inverse[j]);
+            roots += (double)lengths[j];
             const REAL total = out[j] + linear[j];
             out[j] = total;
             square += (double)total * total;
@@ -248,7 +249,7 @@ void NAME(descend)(
     int64_t rows, int64_t height, int64_t width, int64_t max_iter, int64_t max_inner, int threads
 ) {
     const NAME(Stencil) field = {NULL, NULL, NULL, NULL, constant, {filters, terms, taps}, rows, height, width};
-    const int64_t n = rows * width, lines = NAME(spread)(4 * width + taps);
+    const int64_t n = rows * width, lines = NAME(spread)(5 * width + taps);
     const int team = count >= threads ? 1 : threads;
     const int outside = team == 1 ? threads : 1;
     NAME(Descent) *all = progress;

@@ -67,6 +67,11 @@ static inline NAME(Vector) NAME(inverse)(NAME(Vector) v) {
 #endif
 }
 
+static void NAME(inverses)(const REAL *from, REAL *to, int64_t n) {
+    for (int64_t j = 0; j < n; j += LANES)
+        NAME(store_some)(to + j, NAME(inverse)(NAME(load_some)(from + j, n - j, 1)), n - j);
+}
+
 static inline NAME(Vector) NAME(inverse_root)(NAME(Vector) v) {
 #ifdef __AVX512F__
     NAME(Vector) r;

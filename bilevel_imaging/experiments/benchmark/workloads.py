@@ -47,8 +47,15 @@ class Task:
     x0: Any
 
     def physics(self, dtype: torch.dtype | None = None) -> LinearPhysics:
-        """The deepinv operator, by default in the dtype of the data."""
-        return self.degradation.physics(self.y.shape[1:], dtype or self.y.dtype, self.y.device)
+        """The deepinv operator, by default in the dtype of the data; made once, as others make theirs."""
+        dtype = dtype or self.y.dtype
+        if dtype not in self._physics:
+            self._physics[dtype] = self.degradation.physics(self.y.shape[1:], dtype, self.y.device)
+        return self._physics[dtype]
+
+    @cached_property
+    def _physics(self) -> dict[torch.dtype, LinearPhysics]:
+        return {}
 
     def problem(self, dtype: torch.dtype | None = None) -> LowerLevelProblem:
         """The batch of lower-level problems, by default in the dtype of the data."""
