@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.config import RegularizerConfig, RunConfig, UpperConfig
 from bilevel_imaging.data import (
     Degradation,
@@ -244,7 +245,7 @@ def make_data_weight(config: RunConfig) -> DataWeight | None:
         return None
     options = dict(problem.data_weight_options)
     if problem.has_weight_grid:
-        rows = 1 if options.pop("per_column", False) else size
+        rows = 1 if boolean("problem.data_weight_options.per_column", options.pop("per_column", False)) else size
         options.setdefault("shape", (rows, size if problem.kind == "mri" else size // 2 + 1))
     return _call(DATA_WEIGHTS[problem.data_weight], options, "problem.data_weight_options", problem.data_weight)
 

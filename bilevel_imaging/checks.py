@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -26,6 +27,17 @@ def number(name: str, value: Any, what: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"Expected {name} as {what}. Got {value!r}.")
     return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """The value as a bool.
+
+    Raises:
+        ValueError: not a bool; every text is true for Python, "no" as well.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"Expected {name} as True or False. Got {value!r}.")
+    return bool(value)
 
 
 def not_negative(name: str, value: Any) -> float:

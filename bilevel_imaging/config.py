@@ -74,6 +74,7 @@ class DataConfig:
     warm_starts: str = "memory"
 
     def __post_init__(self) -> None:
+        _true_or_false("data", self, "random_patches", "color")
         _one_of("data.warm_starts", self.warm_starts, WARM_STARTS)
         least_sizes = (("patch_size", 8), ("patches_per_image", 1), ("batch_size", 1), ("eval_size", SMALLEST_CROP))
         for name, least in least_sizes:
@@ -226,6 +227,8 @@ class RegularizerConfig:
 
         _one_of("regularizer.kind", self.kind, REGULARIZERS)
         _one_of("regularizer.operator", self.operator, Tikhonov.OPERATORS)
+        _true_or_false("regularizer", self, "isotropic", "couple_channels")
+        _true_or_false("regularizer", self, "learn_weight", "learn_smoothing", null=True)
         for name in ("weight", "smoothing", "start_scale"):
             if getattr(self, name) is not None:
                 _number(f"regularizer.{name}", getattr(self, name), "> 0")
@@ -396,6 +399,7 @@ class LoggingConfig:
     evaluate: bool = True
 
     def __post_init__(self) -> None:
+        _true_or_false("logging", self, "tensorboard", "progress", "evaluate")
         _at_least("logging.validate_every", self.validate_every, 0)
         _at_least("logging.validate_images", self.validate_images, 0)
         _at_least("logging.checkpoint_every", self.checkpoint_every, 1)
@@ -514,6 +518,14 @@ def _absolute(folder: str) -> str:
 def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{key}: expected one of {', '.join(allowed)}. Got {value!r}.")
+
+
+def _true_or_false(group: str, settings: Any, *names: str, null: bool = False) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not (isinstance(value, bool) or (null and value is None)):
+            expected = "true, false or null" if null else "true or false"
+            raise ValueError(f"{group}.{name}: expected {expected}. Got {value!r}.")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -4,13 +4,24 @@ import math
 
 import cases
 import deepinv
+import numpy as np
 import pytest
 import torch
 
 import bilevel_imaging as bi
 from bilevel_imaging import lower_solvers
+from bilevel_imaging.config import DataConfig, LoggingConfig, RegularizerConfig
+from bilevel_imaging.energies import FrequencyWeights, NoiseWeight, SamplingMask
 from bilevel_imaging.linear_solvers import Chebyshev, ConjugateGradient
-from bilevel_imaging.upper_level import DFOLS, MAID, KunischPock, ProblemObjective, SquaredError
+from bilevel_imaging.upper_level import (
+    DFOLS,
+    MAID,
+    FirstOrder,
+    KunischPock,
+    ProblemObjective,
+    SingleLoop,
+    SquaredError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,31 @@ def test_complex_ground_truth_is_not_cut_to_its_real_part(case):
         (lambda: MAID(memory=1.5), "memory as an integer >= 0. Got 1.5"),
         (lambda: MAID(relative="a"), "relative as a number in .0.0, 1.0.. Got 'a'"),
         (lambda: Chebyshev(max_iter=1.5), "max_iter as an integer >= 0. Got 1.5"),
+        (lambda: bi.TotalVariation(isotropic="no"), "isotropic as True or False. Got 'no'"),
+        (lambda: bi.TotalVariation(couple_channels="no"), "couple_channels as True or False. Got 'no'"),
+        (lambda: bi.TotalVariation(learn_weight="no"), "learn_weight as True or False. Got 'no'"),
+        (lambda: bi.TotalVariation(learn_smoothing=1), "learn_smoothing as True or False. Got 1"),
+        (lambda: bi.regularizers.HuberTotalVariation(isotropic="no"), "isotropic as True or False"),
+        (lambda: bi.ConvexRidge((2,), 3, shared="no"), "shared as True or False"),
+        (lambda: bi.ConvexRidge((2,), 3, learn_potentials="no"), "learn_potentials as True or False"),
+        (lambda: bi.FieldsOfExperts(4, 3, learn_filters="no"), "learn_filters as True or False"),
+        (lambda: bi.FieldsOfExperts(4, 3, learn_weights="no"), "learn_weights as True or False"),
+        (lambda: bi.FieldsOfExperts(4, 3, learn_smoothing="no"), "learn_smoothing as True or False"),
+        (lambda: bi.regularizers.LinearSpline(learn_slopes="no"), "learn_slopes as True or False"),
+        (lambda: bi.NoiseConditional(bi.TotalVariation(), learn_scales="no"), "learn_scales as True or False"),
+        (lambda: bi.NoiseConditional(bi.TotalVariation(), learn_weights="no"), "learn_weights as True or False"),
+        (lambda: NoiseWeight(learn="no"), "Expected learn as True or False"),
+        (lambda: FrequencyWeights((4, 4), learn="no"), "Expected learn as True or False"),
+        (lambda: SamplingMask((4, 4), learn="no"), "Expected learn as True or False"),
+        (lambda: SingleLoop(accelerated="no"), "accelerated as True or False"),
+        (lambda: lower_solvers.AcceleratedGradient(restart="no"), "restart as True or False"),
+        (lambda: FirstOrder("SGD", nesterov="no", momentum=0.9), "nesterov as True or False. Got 'no'"),
+        (lambda: DataConfig(color="no"), "data.color: expected true or false. Got 'no'"),
+        (lambda: DataConfig(random_patches="no"), "data.random_patches: expected true or false"),
+        (lambda: RegularizerConfig(isotropic="no"), "regularizer.isotropic: expected true or false. Got 'no'"),
+        (lambda: RegularizerConfig(couple_channels="no"), "regularizer.couple_channels: expected true or false"),
+        (lambda: RegularizerConfig(learn_weight="no"), "regularizer.learn_weight: expected true, false or null"),
+        (lambda: LoggingConfig(evaluate="no"), "logging.evaluate: expected true or false"),
         (lambda: bi.BilevelReconstructor(bi.TotalVariation()), "energy as a VariationalEnergy"),
         (
             lambda: bi.BilevelReconstructor(bi.VariationalEnergy(bi.TotalVariation()), "x"),
@@ -82,6 +118,13 @@ def test_complex_ground_truth_is_not_cut_to_its_real_part(case):
 def test_constructors(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_texts_are_no_answers_to_yes_or_no(case):
+    for method in (bi.unrolled, bi.inexact_ad):
+        with pytest.raises(ValueError, match="certify as True or False. Got 'no'"):
+            method(case.problem, SquaredError(), case.x_true, steps=1, certify="no")
+    assert bi.TotalVariation(isotropic=np.bool_(False)).isotropic is False
 
 
 @pytest.mark.parametrize("solver", [*cases.LOWER_SOLVERS.values(), *cases.LINEAR_SOLVERS.values()])

@@ -280,6 +280,14 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
             '--problem.data_weight=noise --problem.data_weight_options={"start":2}',
             "problem.data_weight_options: noise: got an unexpected keyword argument 'start'",
         ),
+        (
+            '--problem.kind=mri --problem.data_weight=mask --problem.data_weight_options={"per_column":"maybe"}',
+            "Expected problem.data_weight_options.per_column as True or False. Got 'maybe'",
+        ),
+        (
+            '--regularizer.kind=sum --regularizer.options={"parts":[{"kind":"total_variation","isotropic":"no"}]}',
+            "regularizer: sum: Expected isotropic as True or False. Got 'no'",
+        ),
         ("--upper.sampling_penalty=1", "upper.sampling_penalty: expected problem.data_weight mask. Got null"),
         ("--upper.sampling_penalty=-1", "upper.sampling_penalty: expected a finite number >= 0"),
         ("--upper.method=adam --upper.sampling_binary=2", "upper.sampling_binary: expected upper.sampling_penalty > 0"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.regularizers.base import positive_parameter
 
 
@@ -64,7 +65,7 @@ class NoiseWeight(DataWeight):
 
     def __init__(self, value: float = 1.0, *, learn: bool = True):
         super().__init__()
-        self.log_weight = positive_parameter(value, "value", learn)
+        self.log_weight = positive_parameter(value, "value", boolean("learn", learn))
 
     def weights(self) -> Tensor:
         return self.log_weight.exp()
@@ -93,8 +94,8 @@ class FrequencyWeights(DataWeight):
 
     def __init__(self, shape: Sequence[int], value: float = 1.0, *, learn: bool = True):
         super().__init__()
-        start = positive_parameter(value, "value", learn).detach()
-        self.log_weights = nn.Parameter(start.expand(_grid(shape)).clone(), requires_grad=learn)
+        start = positive_parameter(value, "value", False).detach()
+        self.log_weights = nn.Parameter(start.expand(_grid(shape)).clone(), requires_grad=boolean("learn", learn))
 
     def weights(self) -> Tensor:
         return self.log_weights.exp()
@@ -125,7 +126,7 @@ class SamplingMask(DataWeight):
         if not 0 < start < 1:
             raise ValueError(f"Expected start inside (0, 1). Got {start!r}.")
         logits = torch.full(_grid(shape), start, dtype=torch.float64).logit()
-        self.logits = nn.Parameter(logits, requires_grad=learn)
+        self.logits = nn.Parameter(logits, requires_grad=boolean("learn", learn))
 
     @property
     def mask(self) -> Tensor:

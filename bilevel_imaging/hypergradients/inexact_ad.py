@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients._first_order import Request, ReverseSweep, UnrolledHypergradient, finish
 
@@ -48,6 +49,7 @@ def inexact_ad(
     Raises:
         ValueError: unknown method, steps < 1, no parameters, shapes that do not fit, constants that are not known.
     """
+    boolean("certify", certify)
     request = Request.check(problem, loss, x_true, method, steps, x0)
     reverse_steps = steps if adjoint_steps is None else adjoint_steps
     if reverse_steps < 1:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients._first_order import (
     UNROLLED_METHODS,
@@ -55,6 +56,7 @@ def unrolled(
         ValueError: unknown method, steps < 1, segment < 0, no parameters, shapes that do not fit, constants that are
             not known.
     """
+    boolean("certify", certify)
     request = Request.check(problem, loss, x_true, method, steps, x0)
     if segment < 0:
         raise ValueError(f"Expected segment >= 0, 0 to keep every iterate. Got {segment}.")

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.linear_solvers._momentum import Real, check_momentum, constant_momentum, momentum_step
 from bilevel_imaging.lower_solvers._iteration import IterativeSolver, Run, State
 from bilevel_imaging.lower_solvers._smoothness import grow_smoothness, start_smoothness
@@ -72,7 +73,7 @@ class AcceleratedGradient(IterativeSolver):
     def __init__(self, *, momentum: str = "varying", max_iter: int = 10_000, restart: bool = False):
         super().__init__(max_iter)
         self.momentum = check_momentum(momentum)
-        self.restart = restart
+        self.restart = boolean("restart", restart)
 
     def _start(self, run: Run, state: State) -> State:
         start_smoothness(run, state)

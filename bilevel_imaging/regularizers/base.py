@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_imaging import native
-from bilevel_imaging.checks import number
+from bilevel_imaging.checks import boolean, number
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.parameters import LARGEST, ordered
 
@@ -196,7 +196,8 @@ def positive_parameter(value: float, name: str, learn: bool) -> nn.Parameter:
     """The logarithm of a positive number as a float64 parameter (kept exact even when images are float32).
 
     Raises:
-        ValueError: if the value is not a positive finite number, or one that computations can't begin with.
+        ValueError: if the value is not a positive finite number, or one that computations can't begin with, or
+            ``learn`` is not a bool.
     """
     tensor = torch.tensor(number(name, value, "a positive finite number"), dtype=torch.float64)
     if not bool(torch.isfinite(tensor)) or float(tensor) <= 0:
@@ -204,7 +205,7 @@ def positive_parameter(value: float, name: str, learn: bool) -> nn.Parameter:
     largest = LARGEST[torch.float64]
     if not 1 / largest <= float(tensor) <= largest:
         raise ValueError(f"Expected {name} from {1 / largest:.0e} to {largest:.0e}. Got {value!r}.")
-    return nn.Parameter(tensor.log(), requires_grad=learn)
+    return nn.Parameter(tensor.log(), requires_grad=boolean(f"learn_{name}", learn))
 
 
 def _owner(cls: type, name: str) -> type:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_imaging.checks import whole, whole_numbers
+from bilevel_imaging.checks import boolean, whole, whole_numbers
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.fields_of_experts import start_filters
 from bilevel_imaging.regularizers.potentials import Profile
@@ -76,12 +76,12 @@ class ConvexRidge(RidgeRegularizer):
         for name, value in (("reach", reach), ("curvature", curvature), ("level", level)):
             positive_parameter(value, name, False)  # refuses what is not a positive number
         super().__init__(_start_layers(features, size, channels, start, seed), boundary, learn_filters)
-        self.reach, self.shared = float(reach), bool(shared)
+        self.reach, self.shared = float(reach), boolean("shared", shared)
         self.log_weight = positive_parameter(weight, "weight", learn_weight)
         self.log_scale = positive_parameter(scale, "scale", learn_scale)
         values = _start_curvatures(knots, self.reach, curvature, level)
         values = values.log().expand(1 if shared else features[-1], knots).clone()
-        self.log_curvatures = nn.Parameter(values, requires_grad=learn_potentials)
+        self.log_curvatures = nn.Parameter(values, requires_grad=boolean("learn_potentials", learn_potentials))
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this regularizer (parameters are stored separately)."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel_imaging.checks import whole
+from bilevel_imaging.checks import boolean, whole
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.potentials import FAMILIES, Profile, ScaledFamily
 from bilevel_imaging.regularizers.ridge import RidgeRegularizer
@@ -73,10 +73,13 @@ class FieldsOfExperts(RidgeRegularizer):
         super().__init__([filters], boundary, learn_filters)
         self.potential = potential
         self.log_weight = positive_parameter(weight, "weight", learn_weight)
-        self.log_weights = nn.Parameter(torch.zeros(len(filters), dtype=torch.float64), requires_grad=learn_weights)
+        self.log_weights = nn.Parameter(
+            torch.zeros(len(filters), dtype=torch.float64), requires_grad=boolean("learn_weights", learn_weights)
+        )
         log_smoothing = float(positive_parameter(smoothing, "smoothing", False).detach())
         self.log_smoothings = nn.Parameter(
-            torch.full((len(filters),), log_smoothing, dtype=torch.float64), requires_grad=learn_smoothing
+            torch.full((len(filters),), log_smoothing, dtype=torch.float64),
+            requires_grad=boolean("learn_smoothing", learn_smoothing),
         )
 
     def arguments(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.differences import forward_differences, isotropic_curvature, squared_operator_norm
@@ -51,7 +52,7 @@ class HuberTotalVariation(DifferenceRegularizer):
         super().__init__()
         self.log_weight = positive_parameter(weight, "weight", learn_weight)
         self.log_smoothing = positive_parameter(smoothing, "smoothing", learn_smoothing)
-        self.isotropic = isotropic
+        self.isotropic = boolean("isotropic", isotropic)
         self.row_norm = math.sqrt(3 if isotropic else 2)
 
     def arguments(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import positive_parameter
 from bilevel_imaging.regularizers.differences import forward_differences, squared_operator_norm
@@ -61,7 +62,7 @@ class LinearSpline(DifferenceRegularizer):
             values = torch.as_tensor(slopes, dtype=torch.float64)
         if values.dim() != 1 or not len(values) or not bool((values.isfinite() & (values > 0)).all()):
             raise ValueError(f"Expected slopes as a non-empty sequence of positive finite numbers. Got {slopes!r}.")
-        self.log_slopes = nn.Parameter(values.log(), requires_grad=learn_slopes)
+        self.log_slopes = nn.Parameter(values.log(), requires_grad=boolean("learn_slopes", learn_slopes))
 
     def arguments(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this regularizer (parameters are stored separately)."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.noise_conditional_linearization import NoiseConditionalLinearization
@@ -63,8 +64,8 @@ class NoiseConditional(Regularizer):
         if not (self.nodes and increasing and self.nodes[0] > 0 and math.isfinite(self.nodes[-1])):
             raise ValueError(f"Expected nodes as increasing positive finite noise levels. Got {self.nodes}.")
         relative = self._log_nodes() - positive_parameter(reference, "reference", False).detach()
-        self.log_weights = nn.Parameter(relative, requires_grad=learn_weights)
-        self.log_scales = nn.Parameter(-relative, requires_grad=learn_scales)
+        self.log_weights = nn.Parameter(relative, requires_grad=boolean("learn_weights", learn_weights))
+        self.log_scales = nn.Parameter(-relative, requires_grad=boolean("learn_scales", learn_scales))
         self.regularizer = build_part(regularizer)
         self.levels: Tensor | None = None
 

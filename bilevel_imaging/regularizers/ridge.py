@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.filter_bank import BOUNDARIES, FilterBank, Part, check_margin
@@ -80,9 +81,8 @@ class RidgeRegularizer(Regularizer):
             if layer.dim() != 4 or layer.shape[2] != layer.shape[3] or layer.shape[2] % 2 == 0:
                 raise ValueError(f"Expected filters (out, in, s, s) of odd size s. Got shape {tuple(layer.shape)}.")
         self.boundary = boundary
-        self.filter_layers = nn.ParameterList(
-            nn.Parameter(layer.double(), requires_grad=learn_filters) for layer in filters
-        )
+        learn = boolean("learn_filters", learn_filters)
+        self.filter_layers = nn.ParameterList(nn.Parameter(layer.double(), requires_grad=learn) for layer in filters)
         self._frozen: dict[tuple[torch.dtype, str, int], tuple[Tensor, FilterBank, Profile]] = {}
         self._known: tuple[Profile, _Limits] | None = None
 

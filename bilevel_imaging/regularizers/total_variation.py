@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging import native
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.differences import (
@@ -38,7 +39,8 @@ class TotalVariation(Regularizer):
         couple_channels: one root for all channels (isotropic only).
 
     Raises:
-        ValueError: if weight or smoothing is not positive, or channels are coupled without ``isotropic``.
+        ValueError: if weight or smoothing is not positive, channels are coupled without ``isotropic``, or an option
+            that is true or false is something else.
 
     Constants: Rudin-Osher-Fatemi energies smoothed as in Ehrhardt & Roberts (2021, 2023); all bounds hold for every x.
     """
@@ -56,12 +58,12 @@ class TotalVariation(Regularizer):
         couple_channels: bool = False,
     ):
         super().__init__()
+        self.isotropic = boolean("isotropic", isotropic)
+        self.couple_channels = boolean("couple_channels", couple_channels)
         if couple_channels and not isotropic:
             raise ValueError("Expected isotropic=True when couple_channels=True. Got isotropic=False.")
         self.log_weight = positive_parameter(weight, "weight", learn_weight)
         self.log_smoothing = positive_parameter(smoothing, "smoothing", learn_smoothing)
-        self.isotropic = isotropic
-        self.couple_channels = couple_channels
         self._known: tuple[tuple[Any, ...], Constants] | None = None
 
     def arguments(self) -> dict[str, Any]:

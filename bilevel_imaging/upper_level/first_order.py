@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.hypergradients import Hypergradient
 from bilevel_imaging.upper_level.base import Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
@@ -84,7 +85,11 @@ class FirstOrder(UpperLevelMethod):
         self.stationarity_tol = stationarity_tol
         self.name = names[optimizer.lower()]
         self.build, self.options = known[self.name], dict(options)
-        self.lr = inspect.signature(self.build).parameters["lr"].default if lr is None else lr
+        defaults = {n: p.default for n, p in inspect.signature(self.build).parameters.items()}
+        for option, value in options.items():
+            if isinstance(defaults.get(option), bool):  # torch takes any text for true
+                boolean(option, value)
+        self.lr = defaults["lr"] if lr is None else lr
         self.lr_scale = dict(lr_scale or {})
         self.accuracy = {"relative": 0.1 if relative is None else relative}
         if tolerances:

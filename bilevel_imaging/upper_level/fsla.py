@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import boolean
 from bilevel_imaging.upper_level.accuracy_schedules import Decay
 from bilevel_imaging.upper_level.sampled_method import Part, SampledMethod, coefficients, gradient
 
@@ -52,7 +53,7 @@ class SingleLoop(SampledMethod):
         super().__init__(lr, Decay("power", step_power, offset=decay_steps), certify_every)
         if not 0 < renewal <= 1:
             raise ValueError(f"Expected renewal in (0, 1]. Got {renewal!r}.")
-        self.renewal, self.accelerated = renewal, accelerated
+        self.renewal, self.accelerated = renewal, boolean("accelerated", accelerated)
         # x - x- and q - q- by image; empty without momentum
         self.velocities: dict[int, tuple[Tensor, Tensor]] = {}
 
