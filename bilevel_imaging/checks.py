@@ -80,7 +80,10 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], example: str)
     Raises:
         ValueError: not one.
     """
-    if isinstance(value, kind):
-        return
-    got = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r:.80}"
-    raise ValueError(f"Expected {name} as {example}. Got {got}.")
+    if not isinstance(value, kind):
+        raise ValueError(f"Expected {name} as {example}. Got {described(value)}.")
+
+
+def described(value: Any) -> str:
+    """What was given in the place of something else, in a few words."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r:.80}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import deepinv
 import torch
 from torch import Tensor
 
-from bilevel_imaging.checks import not_negative, number
+from bilevel_imaging.checks import instance, not_negative, number
 from bilevel_imaging.energies import DATA_WEIGHTS, DataWeight
 from bilevel_imaging.errors import CheckpointError
 from bilevel_imaging.lower_solvers import LowerSolver
@@ -62,11 +63,12 @@ def save_regularizer(
         extra: further plain values, e.g. the problem.
 
     Raises:
-        ValueError: a class is not registered.
+        ValueError: no name of a file, or a class is not registered.
         OSError: cannot be written.
     """
     from safetensors.torch import save
 
+    _check_path(path)
     numbers = {"noise_level": noise_level, **(constants or {})}
     for key, value in numbers.items():
         if value is not None and not math.isfinite(number(key, value)):
@@ -114,7 +116,9 @@ def load_regularizer(path: str | Path, device: str | torch.device = "cpu") -> Re
 
     Raises:
         CheckpointError: missing, damaged, or not written by this package; the message names the file.
+        ValueError: no name of a file.
     """
+    _check_path(path)
     path = Path(path).expanduser()
     content, tensors = _read(path)
     name = str(content.get("class"))
@@ -135,6 +139,10 @@ def load_regularizer(path: str | Path, device: str | torch.device = "cpu") -> Re
     # nn.Module would make it one of the regularizer's modules, and its tensors parameters of the regularizer
     object.__setattr__(regularizer, "data_weight", None if weight is None else weight.to(device))
     return regularizer.requires_grad_(False).eval().to(device)
+
+
+def _check_path(path: Any) -> None:
+    instance("path", path, (str, os.PathLike), 'the name of a file, e.g. "runs/tv_denoise/regularizer.safetensors"')
 
 
 def _data_weight(content: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> DataWeight | None:

@@ -16,6 +16,7 @@ from bilevel_imaging.linear_solvers import Chebyshev, ConjugateGradient
 from bilevel_imaging.upper_level import (
     DFOLS,
     MAID,
+    UPPER_LEVEL_METHODS,
     FirstOrder,
     KunischPock,
     ProblemObjective,
@@ -176,6 +177,34 @@ def test_objectives(case):
     for method in (KunischPock(), DFOLS()):
         with pytest.raises(ValueError, match="hands out lower-level problems.*use BilevelObjective"):
             method.step(ProblemObjective(case.problem, SquaredError(), case.x_true))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (3, "minibatch as at most 2, the number of images. Got 3"),
+        (0, "minibatch as an integer >= 1. Got 0"),
+        (1.5, "minibatch as an integer >= 1. Got 1.5"),
+    ],
+)
+def test_minibatches_that_the_images_do_not_have(case, size, words):
+    pairs = bi.data.ImagePairs.build([(name, torch.rand(1, 8, 8)) for name in "ab"], bi.data.Degradation())
+    with pytest.raises(ValueError, match=words):
+        bi.BilevelObjective(case.energy, pairs, minibatch=size, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("name", UPPER_LEVEL_METHODS)
+def test_steps_of_what_is_no_objective(case, name):
+    for wrong, got in ((case.problem, "VariationalProblem"), (3, "int 3"), (ProblemObjective, "the class Problem")):
+        with pytest.raises(ValueError, match=f"Expected objective as .*ProblemObjective.problem, loss.*. Got {got}"):
+            UPPER_LEVEL_METHODS[name]().step(wrong)
+
+
+def test_names_of_files_that_are_none(tmp_path):
+    for use in (bi.load_regularizer, lambda path: bi.save_regularizer(path, bi.TotalVariation())):
+        for wrong in (3, None, b"r.safetensors"):
+            with pytest.raises(ValueError, match="Expected path as the name of a file.*Got (int|NoneType|bytes)"):
+                use(wrong)
 
 
 def test_states_and_exports(tmp_path):

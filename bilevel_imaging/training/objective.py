@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.checks import whole
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.derivatives import Constants
@@ -47,7 +48,8 @@ class BilevelObjective(MeanObjective):
     epoch to the next, so that all of them keep all warm starts; else warm starts stay where they are.
 
     Raises:
-        ValueError: from binding the energy (not strongly convex, wrong data), or a minibatch without a generator.
+        ValueError: from binding the energy (not strongly convex, wrong data), a minibatch without a generator, or
+            one of more images than there are.
     """
 
     def __init__(
@@ -65,8 +67,8 @@ class BilevelObjective(MeanObjective):
         warm: WarmStarts | None = None,
         penalty: SamplingPenalty | None = None,
     ):
-        if minibatch is not None and generator is None:
-            raise ValueError("Expected a torch.Generator for the order of the minibatches. Got None.")
+        if minibatch is not None:
+            _check_minibatch(minibatch, len(pairs), generator)
         if warm is None:
             warm = WarmStarts(None if minibatch is None else "cpu")
         options = {"lower": lower, "linear": linear, "batch_size": batch_size, "certificate": certificate}
@@ -216,3 +218,10 @@ class BilevelObjective(MeanObjective):
         self.last_norm = state.get("last_norm")  # older states have none
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"].cpu())
+
+
+def _check_minibatch(size: int, images: int, generator: torch.Generator | None) -> None:
+    if whole("minibatch", size, 1) > images:
+        raise ValueError(f"Expected minibatch as at most {images}, the number of images. Got {size}.")
+    if generator is None:
+        raise ValueError("Expected a torch.Generator for the order of the minibatches. Got None.")

@@ -165,7 +165,11 @@ class UpperLevelMethod(abc.ABC):
 
     @abc.abstractmethod
     def step(self, objective: Objective) -> StepReport:
-        """One step from the current theta."""
+        """One step from the current theta.
+
+        Raises:
+            ValueError: no objective, or one that the method can't work with.
+        """
 
     def check_size(self, parameters: int) -> None:  # noqa: B027
         """Refuse more parameters than the method is made for, before anything is computed.

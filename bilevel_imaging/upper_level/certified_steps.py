@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from bilevel_imaging.checks import number
+from bilevel_imaging.checks import described, number
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.hypergradients.result import Hypergradient
 from bilevel_imaging.upper_level.base import CertifiedValue, Objective, SampledObjective, StepReport
@@ -25,16 +25,31 @@ LARGEST_CHANGE, SMALLEST_CHANGE, MAX_CHANGES = 0.1, 1e-4, 12
 MAX_STALLED = 3
 
 
+def require_objective(objective: Objective) -> None:
+    """Refuse what no method can do a step with, e.g. a lower-level problem.
+
+    Raises:
+        ValueError: no objective.
+    """
+    needed = ("theta", "hypergradient")  # first-order methods do without values
+    if isinstance(objective, type) or not all(hasattr(objective, name) for name in needed):
+        raise ValueError(
+            "Expected objective as an upper-level objective, e.g. BilevelObjective(energy, pairs) or "
+            f"ProblemObjective(problem, loss, x_true). Got {described(objective)}."
+        )
+
+
 def require_all_images(objective: Objective, what: str) -> None:
-    """Refuse minibatches.
+    """Refuse minibatches, and what is no objective.
 
     Args:
         objective: of a method.
         what: why, as in "MAID compares losses of all images".
 
     Raises:
-        ValueError: the objective takes minibatches.
+        ValueError: the objective takes minibatches, or is none.
     """
+    require_objective(objective)
     if getattr(objective, "minibatch", None) is not None:
         raise ValueError(f"Expected an objective without minibatches: {what}.")
 
@@ -49,6 +64,7 @@ def require_problems(objective: Objective, *names: str) -> SampledObjective:
     Raises:
         ValueError: something of it is not there.
     """
+    require_objective(objective)
     if not all(hasattr(objective, name) for name in names):
         raise ValueError(
             "Expected an objective that hands out lower-level problems (SampledObjective). Got "

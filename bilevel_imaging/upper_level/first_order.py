@@ -19,6 +19,7 @@ from bilevel_imaging.upper_level.certified_steps import (
     check_state,
     report,
     require_all_images,
+    require_objective,
     value_with,
 )
 from bilevel_imaging.upper_level.long_runs import SCHEDULES, NormClip, TailAverage, schedule_factor
@@ -137,8 +138,9 @@ class FirstOrder(UpperLevelMethod):
         """One hypergradient, one optimizer step; the loss reported is that before the step.
 
         Raises:
-            ValueError: ``stationarity_tol`` with an objective that takes minibatches.
+            ValueError: no objective, or ``stationarity_tol`` with one that takes minibatches.
         """
+        require_objective(objective)
         if self.stationarity_tol is not None:
             require_all_images(objective, "a minibatch does not say whether the mean over all images is stationary")
         optimizer = self._prepare(objective)
