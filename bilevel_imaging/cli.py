@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_imaging.config import SMALLEST_CROP, RunConfig
+from bilevel_imaging.config_file import add_config_option
 from bilevel_imaging.training.distributed import joined, launched
 from bilevel_imaging.training.run_folder import locked, new_folder
 
@@ -175,7 +176,7 @@ def _train_parser() -> Any:
         "Learn a regularizer from images. Without arguments: total variation for denoising, on the bundled "
         "photographs, in less than a minute.",
     )
-    parser.add_argument("--config", action="config", help="YAML file with settings; --group.key value overrides it")
+    add_config_option(parser)
     parser.add_argument("--output", type=str | None, default=None, help="run folder (default: a new one in runs/)")
     parser.add_argument(
         "--resume", type=str | None, default=None, help="run folder to continue; parameters bit for bit"
@@ -213,7 +214,7 @@ def _train(argv: Sequence[str] | None) -> int:
     parsed = parser.parse_args(arguments)
     resume = parsed.resume is not None
     if resume:
-        config, folder = _continued(parser, arguments, Path(parsed.resume).expanduser(), parsed.output)
+        config, folder = _continued(parser, arguments, Path(parsed.resume).expanduser(), parsed)
     else:
         config = configuration(parser, parsed).resolved()
     check_writable("--json", parsed.json)
@@ -257,13 +258,20 @@ def read_config(folder: Path) -> RunConfig:
     try:
         return configuration(parser, parser.parse_args([f"--config={path}"]))
     except Exception as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        text = one_line(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from error
 
 
-def _continued(parser: Any, arguments: list[str], folder: Path, output: str | None) -> tuple[RunConfig, Path]:
+def _continued(parser: Any, arguments: list[str], folder: Path, parsed: Any) -> tuple[RunConfig, Path]:
     """Settings of a run that goes on: those it had, but for what may change."""
+    output, files = parsed.output, parsed.config
     if output is not None and Path(output).expanduser().resolve() != folder.resolve():
         raise ValueError(f"--output {output}: a resumed run stays in its folder {folder}. Leave --output out.")
+    if files:  # nothing in a file tells values that are meant to change from those of the start, or from defaults
+        raise ValueError(
+            f"--config: a resumed run has its settings in {folder / CONFIG_FILE}. Leave --config out; "
+            "give what may change by itself, e.g. --upper.max_steps 100."
+        )
     saved = read_config(folder)
     # The saved settings come first, so that whatever is given again overrides them and can be compared.
     given = parser.parse_args([f"--config={folder / CONFIG_FILE}", *arguments])

@@ -12,6 +12,7 @@ from typing import Any
 
 from bilevel_imaging.cli import check_writable, configuration, guarded, make_parser
 from bilevel_imaging.config import LinearConfig, LowerConfig, RunConfig, UpperConfig
+from bilevel_imaging.config_file import add_config_option
 from bilevel_imaging.training.run_folder import new_folder
 
 RECORD_FILE, FIGURE_FILE, BOARD_FOLDER = "record.json", "comparison.png", "tensorboard"
@@ -37,7 +38,7 @@ def _parser() -> Any:
         "total variation for denoising, on the bundled photographs.",
     )
     add = parser.add_argument
-    add("--config", action="config", help="YAML file with settings; --group.key value overrides it")
+    add_config_option(parser)
     add(
         "--methods",
         type=str,

@@ -20,6 +20,7 @@ from PIL import Image
 
 from bilevel_imaging.assembly import evaluation_pairs
 from bilevel_imaging.cli import evaluate_main, read_config, train_main
+from bilevel_imaging.comparison_cli import compare_main
 from bilevel_imaging.config import (
     DEFAULT_RIDGE,
     DataConfig,
@@ -307,10 +308,42 @@ def test_mistakes_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("runs/*"))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ": expected groups of settings, e.g. upper: {max_steps: 10}. Got an empty file."),
+        ("# a comment\n", ": expected groups of settings, e.g. upper: {max_steps: 10}. Got an empty file."),
+        ("- seed\n- 3\n", ": expected groups of settings, e.g. upper: {max_steps: 10}. Got a list."),
+        ("hello\n", ": expected groups of settings, e.g. upper: {max_steps: 10}. Got a text."),
+        (
+            "upper:\n  # lr: 3\nseed: 1\n",
+            ": upper: expected settings below it, e.g. method. Got nothing; leave it out.",
+        ),
+        ("upper: 3\n", ": upper: expected settings below it, e.g. method. Got 3."),
+        ("upper:\n  lr: [\nseed: 1\n", ", line 4: not YAML: expected ',' or ']', but got '<stream end>' (while "),
+        ("upper:\n\tlr: 3\n", ", line 2: not YAML: found character '\\t' that cannot start any token"),
+        ("upper: lr: 3\n", ", line 1: not YAML: mapping values are not allowed here."),
+        ("upper: \0\n", ": not YAML: unacceptable character #x0000"),
+    ],
+)
+def test_settings_files_that_hold_no_settings(text, words, capsys, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    for command in (train_main, compare_main):
+        assert f"error: {path}{words}" in fails(capsys, f"--config={path}", command=command)
+    message = fails(capsys, f"--resume={tmp_path}")
+    assert message.count(str(path)) == 1 and f"{path}{words}" in message
+
+
 def test_mistakes_with_an_existing_run(run, capsys, tmp_path):
     assert "already holds a run" in fails(capsys, f"--output={run}")
     assert "seed: cannot change" in fails(capsys, f"--resume={run}", "--seed=3")
     assert "stays in its folder" in fails(capsys, f"--resume={run}", f"--output={tmp_path}")
+    (tmp_path / "again.yaml").write_text("upper: {max_steps: 50}\n")
+    before = read_config(run)
+    message = fails(capsys, f"--resume={run}", f"--config={tmp_path / 'again.yaml'}")
+    assert f"--config: a resumed run has its settings in {run / 'config.yaml'}." in message
+    assert "Leave --config out" in message and read_config(run) == before
     assert "no config.yaml" in fails(capsys, str(tmp_path), command=evaluate_main)
     message = fails(capsys, str(run), f"--json={run}/config.yaml/a.json", command=evaluate_main)
     assert "a.json: cannot be written (File exists)." in message

@@ -19,6 +19,7 @@ LAYERS = [
     {
         "cli",
         "config",
+        "config_file",
         "export",
         "import_checkpoints",
         "assembly",
