@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel_imaging.checks import boolean
-from bilevel_imaging.config import RegularizerConfig, RunConfig, UpperConfig
+from bilevel_imaging.config import SMALLEST_IMAGE, RegularizerConfig, RunConfig, UpperConfig
 from bilevel_imaging.data import (
     Degradation,
     ImageFolder,
@@ -91,7 +91,10 @@ def load_images(config: RunConfig, part: str, dtype: torch.dtype = torch.float64
         return [(name, image.to(dtype)) for name, image in _first(list(images.items()), data.max_images)]
     names = list_images(data.train)
     if len(names) < 2:
-        raise DataError(f"{data.train}: only one image, none is left to validate with. Set data.val to another folder.")
+        [(name, _)] = load_folder(data.train, config)  # one that can't be read is the first thing to say
+        raise DataError(
+            f"{data.train}: only one image, {name}; none is left to validate with. Set data.val to another folder."
+        )
     split = split_names(names, (1 - HELD_OUT, HELD_OUT, 0.0))
     return load_folder(data.train, config, split.train if part == "train" else split.validation, dtype)
 
@@ -118,7 +121,7 @@ def training_data(config: RunConfig) -> ImagePairs | RandomPatches:
     if not config.data.random_patches:
         return training_pairs(config)
     return RandomPatches(
-        load_images(config, "train", torch.float32),
+        _with_patches(load_images(config, "train", torch.float32), config),
         degradation_of(config, "train"),
         config.data.patch_size,
         _minibatch(config),
@@ -126,6 +129,23 @@ def training_data(config: RunConfig) -> ImagePairs | RandomPatches:
         device=device_of(config),
         seed=config.seed,
     )
+
+
+def _with_patches(images: list[tuple[str, Tensor]], config: RunConfig) -> list[tuple[str, Tensor]]:
+    """The images, each of them as large as a patch.
+
+    Raises:
+        DataError: one is smaller.
+    """
+    size = config.data.patch_size
+    for name, image in images:
+        height, width = image.shape[-2:]
+        if (most := min(height, width)) < size:
+            raise DataError(
+                f"data.patch_size: expected at most {most}, as {name} is too small for more, {height}x{width} pixels "
+                f"(height x width). Got {size}; ask for less or remove the image."
+            )
+    return images
 
 
 def _minibatch(config: RunConfig) -> int:
@@ -142,7 +162,7 @@ def training_pairs(config: RunConfig, part: str = "train") -> ImagePairs:
         part: "train", or "baseline" for at most ``BASELINE_PATCHES`` from all over the set with the noise of the
             tests, to choose the weight of the baseline.
     """
-    images = load_images(config, "train")
+    images = _with_patches(load_images(config, "train"), config)
     if config.problem.kind in WHOLE:
         patches = [(name, center_crop(image, config.data.patch_size, name)) for name, image in images]
     else:
@@ -172,11 +192,20 @@ def evaluation_pairs(
         dtype: float64, so that certified distances are not limited by rounding, or that of the training.
 
     Raises:
+        DataError: an image that is too small.
         ValueError: a crop that does not fit the weights.
     """
     size = config.data.eval_size if crop is None else crop
     chosen = load_images(config, part) if images is None else images
+    if config.problem.has_weight_grid:
+        _with_patches(chosen, config)
     chosen = [(name, center_crop(x, _evaluated(config, x, size, bool(crop)), name)) for name, x in chosen]
+    for name, x in chosen:
+        if min(x.shape[-2:]) < SMALLEST_IMAGE:
+            raise DataError(
+                f"{name}: the image is too small to be scored, {x.shape[-2]}x{x.shape[-1]} pixels; expected at least "
+                f"{SMALLEST_IMAGE}x{SMALLEST_IMAGE}. Remove it."
+            )
     return ImagePairs.build(chosen, degradation_of(config, part), dtype, device_of(config))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 DTYPES = ("float32", "float64")
 # pixels along each side of what is validated and tested: SSIM needs a few
 SMALLEST_CROP = 16
+# and of any image or patch
+SMALLEST_IMAGE = 8
 DEVICES = ("auto", "cpu", "cuda")
 # what may change when a run is continued: nothing on which its steps depend (training images are compared by content)
 RESUME_MAY_CHANGE = ("upper.max_steps", "logging.", "data.train", "data.val", "data.test")
@@ -76,7 +78,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         _true_or_false("data", self, "random_patches", "color")
         _one_of("data.warm_starts", self.warm_starts, WARM_STARTS)
-        least_sizes = (("patch_size", 8), ("patches_per_image", 1), ("batch_size", 1), ("eval_size", SMALLEST_CROP))
+        least_sizes = (
+            ("patch_size", SMALLEST_IMAGE),
+            ("patches_per_image", 1),
+            ("batch_size", 1),
+            ("eval_size", SMALLEST_CROP),
+        )
         for name, least in least_sizes:
             _at_least(f"data.{name}", getattr(self, name), least)
         _at_least("data.max_images", self.max_images, 0)

@@ -296,7 +296,19 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ("--regularizer.kind=tikhonov --regularizer.isotropic=false", "regularizer.isotropic: tikhonov"),
         ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),
         ("--data.train=/no/such/folder", "/no/such/folder: no such folder"),
-        ("--data.patch_size=1000", "too small"),
+        (
+            "--data.patch_size=1000",
+            "data.patch_size: expected at most 512, as astronaut is too small for more, 512x512 pixels (height "
+            "x width). Got 1000; ask for less or remove the image.",
+        ),
+        (
+            "--data.patch_size=600 --data.random_patches=true --upper.method=adam --upper.minibatch=1",
+            "data.patch_size: expected at most 512, as astronaut is too small",
+        ),
+        (
+            "--data.patch_size=600 --problem.kind=mri",
+            "data.patch_size: expected at most 512, as astronaut is too small",
+        ),
         ("--json=/", "--json /: is a folder"),
         ("--config=/no/such.yaml", "/no/such.yaml"),
         ("--resume=/no/such/run", "/no/such/run: no such folder"),
@@ -306,6 +318,32 @@ def test_mistakes_are_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in fails(capsys, *arguments.split())
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_images_that_can_not_be_used_are_named(capsys, tmp_path):
+    def folder(name, **images):
+        made = tmp_path / name
+        made.mkdir()
+        for image, size in images.items():
+            if size:
+                Image.new("L", (size, size), 100).save(made / f"{image}.png")
+            else:
+                (made / f"{image}.png").write_bytes(b"no image")
+        return made
+
+    broken, one, good = folder("broken", a=0), folder("one", a=40), folder("good", a=40, b=40)
+    several, small, tiny = folder("several", a=0, b=40, c=0), folder("small", a=40, b=20), folder("tiny", a=7)
+    assert f"{broken / 'a.png'}: cannot be read" in fails(capsys, *TINY, f"--data.train={broken}")
+    assert f"{one}: only one image, a.png; none is left" in fails(capsys, *TINY, f"--data.train={one}")
+    message = fails(capsys, *TINY, f"--data.train={several}")
+    assert f"{several / 'a.png'}: cannot be read" in message or f"{several / 'c.png'}: cannot be read" in message
+    options = [*TINY, f"--data.train={small}", f"--data.val={good}"]
+    assert "data.patch_size: expected at most 20, as b.png is too small for more, 20x20" in fails(capsys, *options)
+    message = fails(capsys, *TINY, f"--data.train={good}", f"--data.val={tiny}")
+    assert "a.png: the image is too small to be scored, 7x7 pixels; expected at least 8x8. Remove it." in message
+    mask = ["--problem.kind=mri", "--problem.data_weight=mask", "--problem.acceleration=1"]
+    message = fails(capsys, *TINY, *mask, f"--data.train={good}", f"--data.val={small}")
+    assert "data.patch_size: expected at most 20, as b.png is too small for more" in message
 
 
 @pytest.mark.parametrize(
