@@ -6,13 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel_imaging.checks import boolean
+from bilevel_imaging.checks import argument_names, boolean
 from bilevel_imaging.config import SMALLEST_IMAGE, RegularizerConfig, RunConfig, UpperConfig
 from bilevel_imaging.data import (
     Degradation,
@@ -37,6 +38,7 @@ from bilevel_imaging.training.objective import BilevelObjective
 from bilevel_imaging.training.random_objective import RandomPatchObjective
 from bilevel_imaging.training.warm_starts import DiskWarmStarts, NoWarmStarts, WarmStarts
 from bilevel_imaging.upper_level import UPPER_LEVEL_METHODS, SamplingPenalty, UpperLevelMethod
+from bilevel_imaging.upper_level.first_order import optimizer_options
 
 # Noise and masks of validation and test images do not depend on the seed of a run, so that runs compare.
 NOISE_SEEDS = {"val": 1_000_001, "test": 1_000_002}
@@ -276,7 +278,9 @@ def make_data_weight(config: RunConfig) -> DataWeight | None:
     if problem.has_weight_grid:
         rows = 1 if boolean("problem.data_weight_options.per_column", options.pop("per_column", False)) else size
         options.setdefault("shape", (rows, size if problem.kind == "mri" else size // 2 + 1))
-    return _call(DATA_WEIGHTS[problem.data_weight], options, "problem.data_weight_options", problem.data_weight)
+    build = DATA_WEIGHTS[problem.data_weight]
+    allowed = argument_names(build) + ["per_column"] * problem.has_weight_grid
+    return _call(build, options, "problem.data_weight_options", problem.data_weight, allowed)
 
 
 def make_energy(
@@ -370,11 +374,20 @@ def make_method(config: UpperConfig) -> UpperLevelMethod:
             raise ValueError(f"upper.options: {name}: it is a setting of its own. Choose it by upper.{name}.")
     if "total_steps" in accepted:
         given["total_steps"] = config.max_steps
-    return _call(build, {**given, **config.options}, "upper.options", config.method)
+    own = {*_METHOD_SETTINGS, "total_steps"} - ({"schedule"} if config.method == "hoag" else set())
+    allowed = [name for name in argument_names(build) if name not in own]
+    if isinstance(build, partial):  # an optimizer of torch
+        allowed += optimizer_options(*build.args)
+    return _call(build, {**given, **config.options}, "upper.options", config.method, allowed)
 
 
-def _call(build: Callable[..., Any], arguments: Mapping[str, Any], key: str, name: str) -> Any:
-    """Build; arguments that do not exist are named instead of a TypeError."""
+def _call(
+    build: Callable[..., Any], arguments: Mapping[str, Any], key: str, name: str, options: list[str] | None = None
+) -> Any:
+    """Build; arguments that do not exist are named, with the ``options`` that do, instead of a TypeError."""
+    allowed = argument_names(build) if options is None else options
+    if unknown := [given for given in arguments if given not in {*argument_names(build), *allowed}]:
+        raise ValueError(f"{key}: {name} does not take {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
     try:
         inspect.signature(build).bind(**arguments)
     except TypeError as error:

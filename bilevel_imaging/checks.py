@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,12 @@ def instance(name: str, value: Any, kind: type | tuple[type, ...], example: str)
     """
     if not isinstance(value, kind):
         raise ValueError(f"Expected {name} as {example}. Got {described(value)}.")
+
+
+def argument_names(build: Callable[..., Any]) -> list[str]:
+    """Arguments of a function or class that have a name, those behind ``**`` not among them."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in inspect.signature(build).parameters.items() if p.kind not in kinds]
 
 
 def described(value: Any) -> str:

@@ -102,6 +102,8 @@ def test_complex_ground_truth_is_not_cut_to_its_real_part(case):
         (lambda: SamplingMask((4, 4), learn="no"), "Expected learn as True or False"),
         (lambda: SingleLoop(accelerated="no"), "accelerated as True or False"),
         (lambda: lower_solvers.AcceleratedGradient(restart="no"), "restart as True or False"),
+        (lambda: FirstOrder("SGD", foo=1), "options of torch.optim.SGD, some of momentum, dampening, .*. Got foo"),
+        (lambda: FirstOrder("SGD", params=1), "options of torch.optim.SGD, .*. Got params"),
         (lambda: FirstOrder("SGD", nesterov="no", momentum=0.9), "nesterov as True or False. Got 'no'"),
         (lambda: DataConfig(color="no"), "data.color: expected true or false. Got 'no'"),
         (lambda: DataConfig(random_patches="no"), "data.random_patches: expected true or false"),

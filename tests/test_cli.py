@@ -279,7 +279,11 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ('--problem.data_weight_options={"value":2}', "problem.data_weight_options: expected problem.data_weight"),
         (
             '--problem.data_weight=noise --problem.data_weight_options={"start":2}',
-            "problem.data_weight_options: noise: got an unexpected keyword argument 'start'",
+            "problem.data_weight_options: noise does not take start. Allowed: value, learn.",
+        ),
+        (
+            '--problem.kind=mri --problem.data_weight=mask --problem.data_weight_options={"foo":2}',
+            "problem.data_weight_options: mask does not take foo. Allowed: shape, start, learn, per_column.",
         ),
         (
             '--problem.kind=mri --problem.data_weight=mask --problem.data_weight_options={"per_column":"maybe"}',
@@ -292,6 +296,29 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ("--upper.sampling_penalty=1", "upper.sampling_penalty: expected problem.data_weight mask. Got null"),
         ("--upper.sampling_penalty=-1", "upper.sampling_penalty: expected a finite number >= 0"),
         ("--upper.method=adam --upper.sampling_binary=2", "upper.sampling_binary: expected upper.sampling_penalty > 0"),
+        (
+            '--upper.options={"foo":1,"memory":2}',
+            "upper.options: maid does not take foo. Allowed: decrease, memory, largest_move.",
+        ),
+        ('--upper.method=hoag --upper.options={"foo":1}', "upper.options: hoag does not take foo. Allowed: schedule, "),
+        (
+            '--upper.method=adam --upper.options={"foo":1,"bar":2}',
+            "upper.options: adam does not take foo, bar. Allowed: betas, eps, weight_decay, amsgrad, ",
+        ),
+        (
+            '--upper.method=inexact_sgd --upper.options={"foo":1}',
+            "upper.options: inexact_sgd does not take foo. Allowed: error_schedule, error_power, step_schedule, "
+            "step_power, momentum, dampening, ",
+        ),
+        (
+            '--regularizer.options={"foo":1}',
+            "regularizer.options: total_variation does not take foo. Allowed: weight, smoothing, isotropic, ",
+        ),
+        (
+            '--regularizer.kind=sum --regularizer.options={"parts":[{"kind":"tikhonov","foo":1}]}',
+            "regularizer: sum: Expected arguments of tikhonov, some of weight, operator, learn_weight. Got foo.",
+        ),
+        ("--lower.tolerance=1", "unknown option --lower.tolerance=1. Allowed in lower: solver, max_iter."),
         ("--lower.solver=foo", "lower.solver: expected one of"),
         ("--regularizer.kind=tikhonov --regularizer.isotropic=false", "regularizer.isotropic: tikhonov"),
         ("--regularizer.learn_weight=false --regularizer.learn_smoothing=false", "nothing to learn"),

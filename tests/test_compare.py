@@ -130,7 +130,10 @@ def test_mistakes_end_in_one_line(capsys, tmp_path):
         (["--methods", "adam:lr=-1"], "upper.lr: expected a finite number > 0. Got -1"),
         (["--methods", "adam:lr=fast"], "upper.lr"),
         (["--methods", "adam:speed=1"], "unknown option"),
-        (["--methods", "hoag:options.speed=1"], "upper.options: hoag: "),
+        (
+            ["--methods", "hoag:options.speed=1"],
+            "upper.options: hoag does not take speed. Allowed: schedule, ratio, slack.",
+        ),
         (["--methods", "hoag:relative=0.1"], "upper.relative: hoag does not take it. Leave it out."),
         (["--methods", "maid:minibatch=1"], "upper.minibatch: maid compares losses of all images."),
         (["--methods", "adam:minibatch=9"], "upper.minibatch: expected at most 2"),

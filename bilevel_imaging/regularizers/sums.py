@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bilevel_imaging.checks import argument_names
 from bilevel_imaging.derivatives import Constants, Linearization
 from bilevel_imaging.regularizers.base import Regularizer, positive_parameter
 from bilevel_imaging.regularizers.sums_linearization import SumLinearization
@@ -190,6 +191,11 @@ def build_part(part: Part) -> Regularizer:
         )
     kind = REGULARIZERS[part["kind"]]
     arguments = {name: value for name, value in part.items() if name != "kind"}
+    allowed = argument_names(kind)
+    if unknown := [name for name in arguments if name not in allowed]:
+        raise ValueError(
+            f"Expected arguments of {part['kind']}, some of {', '.join(allowed)}. Got {', '.join(map(str, unknown))}."
+        )
     try:
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_imaging.checks import boolean
+from bilevel_imaging.checks import argument_names, boolean
 from bilevel_imaging.hypergradients import Hypergradient
 from bilevel_imaging.upper_level.base import Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
@@ -54,7 +54,8 @@ class FirstOrder(UpperLevelMethod):
         **options: further arguments of the optimizer.
 
     Raises:
-        ValueError: unknown optimizer, one that needs a closure, contradictory accuracies, or a number out of range.
+        ValueError: unknown optimizer or option of it, one that needs a closure, contradictory accuracies, or a number
+            out of range.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class FirstOrder(UpperLevelMethod):
         stationarity_tol: float | None = None,
         **options: Any,
     ):
-        known = {n: c for n, c in vars(torch.optim).items() if _usable(c)}
+        known = _optimizers()
         names = {n.lower(): n for n in known}
         if optimizer.lower() not in names:
             raise ValueError(f"Unknown optimizer {optimizer!r}. Choose from {sorted(known)}.")
@@ -86,6 +87,11 @@ class FirstOrder(UpperLevelMethod):
         self.stationarity_tol = stationarity_tol
         self.name = names[optimizer.lower()]
         self.build, self.options = known[self.name], dict(options)
+        if unknown := options.keys() - set(allowed := optimizer_options(self.name)):
+            raise ValueError(
+                f"Expected options of torch.optim.{self.name}, some of {', '.join(allowed)}. "
+                f"Got {', '.join(sorted(unknown))}."
+            )
         defaults = {n: p.default for n, p in inspect.signature(self.build).parameters.items()}
         for option, value in options.items():
             if isinstance(defaults.get(option), bool):  # torch takes any text for true
@@ -194,6 +200,16 @@ class FirstOrder(UpperLevelMethod):
             self.clip.norms = [float(norm) for norm in state["norms"]]
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+
+
+def optimizer_options(name: str) -> list[str]:
+    """What the class of this name in ``torch.optim`` takes besides parameters and learning rate."""
+    build = next(c for known, c in _optimizers().items() if known.lower() == name.lower())
+    return [option for option in argument_names(build) if option not in ("params", "lr")]
+
+
+def _optimizers() -> dict[str, Any]:
+    return {name: c for name, c in vars(torch.optim).items() if _usable(c)}
 
 
 def _check(
