@@ -103,8 +103,12 @@ def _show(record: dict[str, Any], config: RunConfig, folder: Path) -> None:
     print(method_comparison_report.table(record))
     save_figure(method_comparison_report.figure(record), folder / FIGURE_FILE)
     if config.logging.tensorboard:
-        method_comparison_board.write_hparams(record, folder / BOARD_FOLDER)
-        print(f"Compare: tensorboard --logdir {os.path.relpath(folder / BOARD_FOLDER)}  (page HPARAMS)")
+        try:
+            method_comparison_board.write_hparams(record, folder / BOARD_FOLDER)
+            print(f"Compare: tensorboard --logdir {os.path.relpath(folder / BOARD_FOLDER)}  (page HPARAMS)")
+        except (OSError, ImportError) as error:  # as in a training, they are not worth the results
+            reason = getattr(error, "strerror", None) or str(error)
+            print(f"TensorBoard events not written: {reason}; all else is.", file=sys.stderr)
     print(f"Written: {os.path.relpath(folder)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -160,15 +161,27 @@ def test_a_finished_comparison_is_not_overwritten(capsys, tmp_path):
         assert folder.name == "comparison-2"
 
 
-def test_ctrl_c_writes_what_is_finished(monkeypatch, capsys, tmp_path):
-    def run(specs, make, **options):
-        loss = {"loss": 1.0, "lower": 0.9, "upper": 1.1}
-        point = {"step": 1, "work": 5, "seconds": 0.1, "measured": loss, **loss, "grad_norm": 1.0, "bound": 1.0}
-        one = {"label": "maid", "seed": 0, "settings": {"method": "maid"}, "steps": 1, "work": 5, "seconds": 0.1}
-        one |= {"ended": "budget", "curve": [point], "final": loss}
-        return {"budget": 5, "seeds": [0], "complete": False, "runs": [one]}
+def stopped_early(specs, make, **options):
+    """What a comparison returns that was stopped after its first run."""
+    loss = {"loss": 1.0, "lower": 0.9, "upper": 1.1}
+    point = {"step": 1, "work": 5, "seconds": 0.1, "measured": loss, **loss, "grad_norm": 1.0, "bound": 1.0}
+    one = {"label": "maid", "seed": 0, "settings": {"method": "maid"}, "steps": 1, "work": 5, "seconds": 0.1}
+    one |= {"ended": "budget", "curve": [point], "final": loss}
+    return {"budget": 5, "seeds": [0], "complete": False, "runs": [one]}
 
-    monkeypatch.setattr(method_comparison, "run", run)
+
+def test_a_comparison_without_tensorboard_keeps_all_else(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(method_comparison, "run", stopped_early)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert compare_main([*TINY, "--output", "half"]) == 130
+    assert (tmp_path / "half" / "comparison.png").exists() and (tmp_path / "half" / "record.json").exists()
+    out, err = capsys.readouterr()
+    assert err.startswith("TensorBoard events not written: ") and err.count("\n") == 2
+    assert "Written: half" in out and "HPARAMS" not in out
+
+
+def test_ctrl_c_writes_what_is_finished(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(method_comparison, "run", stopped_early)
     assert compare_main([*TINY, "--output", "half", "--logging.tensorboard=false"]) == 130
     assert json.loads((tmp_path / "half" / "record.json").read_text())["complete"] is False
     assert (tmp_path / "half" / "comparison.png").exists() and not (tmp_path / "half" / "tensorboard").exists()

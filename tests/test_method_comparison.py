@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -233,6 +236,22 @@ def test_named_methods_and_where_they_start():
     assert (first.error_tol, first.step_size, first.relative) == (1e2, 3.0, 0.2)
     assert spec.settings == {"method": "maid", "relative": 0.2, "error_tol": 1e2, "step_size": 3.0}
     assert (MAID().error_tol, MAID().step_size) == (0.0, 0.0)
+
+
+def test_an_interrupt_waits_until_tensorboard_is_loaded(tmp_path, monkeypatch):
+    import torch.utils.tensorboard as real
+
+    class Interrupted(ModuleType):
+        def __getattr__(self, name):
+            signal.raise_signal(signal.SIGINT)
+            loaded.append(name)
+            return getattr(real, name)
+
+    loaded = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Interrupted("torch.utils.tensorboard"))
+    with pytest.raises(KeyboardInterrupt):
+        method_comparison_board.write_hparams(compare(walk("a")), tmp_path)
+    assert loaded[-1:] == ["SummaryWriter"]
 
 
 def test_board_has_settings_metrics_and_curves(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_imaging.experiments.method_comparison_report import best_losses, excess, work_to_reach
+from bilevel_imaging.training.interrupts import uninterrupted
 
 Record = dict[str, Any]
 
@@ -25,10 +26,12 @@ def write_hparams(record: Record, folder: Path) -> list[Path]:
         the folders of the runs.
 
     Raises:
+        ImportError: TensorBoard is not installed.
         OSError: the folder is not writable.
     """
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
+    with uninterrupted():
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
     best, written = best_losses(record), []
     for number, one in enumerate(record["runs"]):
