@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def guarded(
     try:
         from jsonargparse import ArgumentError
 
-        return command(argv)
+        with _warnings_in_one_line():
+            return command(argv)
     except KeyboardInterrupt:
         _say(stopped)
         return 130
@@ -61,6 +63,23 @@ def guarded(
             raise
         _say(f"error: {one_line(error)}")
         return 2
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings of this package without their line of code, which tells a user of commands nothing."""
+    before = warnings.formatwarning
+
+    def shown(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            return f"warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _say(text: str) -> None:

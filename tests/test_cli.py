@@ -486,9 +486,16 @@ def test_damaged_runs(capsys, tmp_path):
     data.write_text(content.replace('"digest": "', '"digest": "0'))
     assert "training images have changed" in fails(capsys, f"--resume={folder}")
     data.write_text(content)
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:2000])
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), f"--resume={folder}"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    words = "is damaged: it ends too early or is something else. Going back to step-00000000.pt.\n"
+    assert ended.returncode == 0 and ended.stderr == f"warning: The checkpoint {newest} {words}"
     for path in (folder / "checkpoints").glob("*.pt"):
         path.write_bytes(b"damaged")
-    assert "No readable checkpoint" in fails(capsys, f"--resume={folder}")
+    message = fails(capsys, f"--resume={folder}")
+    assert "No readable checkpoint" in message and f"{newest} is damaged" in message and "Start a new run" in message
     (folder / "config.yaml").write_text("seed: 0\nproblme: 1\n")
     assert "config.yaml: unknown option problme. Allowed groups: data, problem" in fails(capsys, f"--resume={folder}")
     (folder / "config.yaml").write_text("problem: [")

@@ -219,10 +219,10 @@ def test_damaged_newest_checkpoint_falls_back(damage, reference, tmp_path):
         assert position > 0
         data[position] ^= 1
     path.write_bytes({"truncate": data[: len(data) // 2], "empty": b"", "flip": data, "text": b"hello"}[damage])
-    with pytest.raises(CheckpointError, match=path.name):
+    with pytest.raises(CheckpointError, match=f"The checkpoint .*{path.name} is damaged: .*[.]$"):
         read_checkpoint(path)
     trainer = make(tmp_path)
-    with pytest.warns(UserWarning, match="Going back to step-00000004.pt"):
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged: .*[.] Going back to step-00000004.pt[.]$"):
         assert trainer.resume() == 4
     trainer.fit()
     assert_same(final(trainer), reference)
@@ -239,8 +239,13 @@ def test_all_checkpoints_damaged(tmp_path):
     make(tmp_path, 4).fit()
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="No readable checkpoint"):
+    with pytest.raises(CheckpointError, match="No readable checkpoint.*step-00000004.pt is damaged.*Start a new run"):
         make(tmp_path).resume()
+
+
+def test_checkpoints_that_can_not_be_read_are_not_called_damaged(tmp_path):
+    with pytest.raises(CheckpointError, match="Cannot read the checkpoint .*step-1.pt: No such file or directory.$"):
+        read_checkpoint(tmp_path / "step-1.pt")
 
 
 def test_mismatch_is_named_and_changes_nothing(tmp_path):

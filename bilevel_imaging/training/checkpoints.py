@@ -87,8 +87,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=_place, weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"Cannot read the checkpoint {path}: {reason[0] if reason else error!r}") from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise CheckpointError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
+        raise CheckpointError(f"The checkpoint {path} is damaged: it ends too early or is something else.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}.")
     if not isinstance(content.get("state"), dict) or "digest" not in content:
@@ -195,7 +196,7 @@ class CheckpointStore:
                 warnings.warn(f"{problems[0]} Going back to {path.name}.", UserWarning, stacklevel=2)
             self.last_valid = path
             return state, path
-        detail = f": {' '.join(problems)}" if problems else "."
+        detail = f": {' '.join(problems)} Start a new run." if problems else "."
         raise CheckpointError(f"No {'readable ' if problems else ''}checkpoint in {self.folder}{detail}")
 
     def set_aside_after(self, path: Path) -> None:
