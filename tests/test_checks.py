@@ -237,3 +237,37 @@ def test_parameters_that_left_the_range_of_numbers():
         energy.regularizer.log_smoothing.fill_(-1e6)
     with pytest.raises(ValueError, match="Expected regularizer.log_smoothing from -41.4"):
         problem.constants()
+
+
+class OwnSquares(bi.Regularizer):
+    """By autograd, with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_weight = torch.nn.Parameter(torch.zeros(()))
+
+    def fn(self, x):
+        return 0.5 * self.log_weight.exp() * x.square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("regularizer", "name"),
+    [
+        (lambda: bi.TotalVariation(), "log_weight"),
+        (lambda: bi.TotalVariation(learn_smoothing=False), "log_smoothing"),
+        (lambda: bi.FieldsOfExperts(4, 3), "log_weights"),
+        (lambda: bi.Sum(bi.Tikhonov(), bi.TotalVariation()), "parts.1.log_weight"),
+        (OwnSquares, "log_weight"),
+    ],
+)
+def test_parameters_that_became_nan_are_the_reason(regularizer, name, value):
+    energy = bi.VariationalEnergy(regularizer())
+    problem = energy.bind(torch.rand(2, 1, 8, 8), deepinv.physics.Denoising())
+    with torch.no_grad():
+        energy.regularizer.get_parameter(name).fill_(value)
+    for accuracy in ({"relative": 0.1}, {"error_tol": 0.1, "residual_tol": 0.1}):
+        h = bi.hypergradient(problem, SquaredError(), torch.rand(2, 1, 8, 8), **accuracy)
+        assert not h.certified and h.reason == f"not certified: NaN or inf in regularizer.{name}"
+    with pytest.raises(ValueError, match=f"Expected finite parameters. Got NaN or inf in regularizer.{name}"):
+        bi.distance_certificates(problem, torch.rand(2, 1, 8, 8))

@@ -19,6 +19,7 @@ from bilevel_imaging.derivatives import (
     Preconditioner,
 )
 from bilevel_imaging.native import Descent, Stencil
+from bilevel_imaging.tensors import all_finite
 
 __all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
 
@@ -88,6 +89,15 @@ class LowerLevelProblem(abc.ABC):
     def double(self) -> LowerLevelProblem | None:
         """The same problems evaluated in float64 (exactly the numbers stored, cast up); ``None`` if impossible."""
         return self if self.dtype == torch.float64 else None
+
+    def all_parameters(self) -> dict[str, Tensor]:
+        """All parameters by name, frozen ones too."""
+        return self.theta
+
+    def not_finite(self) -> str:
+        """Parameters that have become NaN or infinite, in words; "" if none has."""
+        names = [name for name, parameter in self.all_parameters().items() if not all_finite(parameter.detach())]
+        return f"NaN or inf in {', '.join(names)}" if names else ""
 
     def gradient_rounding(self, x: Tensor) -> Tensor:
         """Bound of the rounding error in ``grad(x)`` in this problem's dtype, ``(B,)``: a few units of the last place

@@ -200,6 +200,9 @@ class VariationalProblem(LowerLevelProblem):
     def initial(self) -> Tensor:
         return self.data.initial()
 
+    def all_parameters(self) -> dict[str, Tensor]:
+        return dict(self.energy.named_parameters())
+
     def subset(self, index: Tensor) -> VariationalProblem | None:
         data = self.data.subset(index)
         if data is None:

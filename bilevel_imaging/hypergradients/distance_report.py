@@ -43,12 +43,14 @@ def distance_certificates(
         linear: solver of the Newton system; ``None`` for conjugate gradients.
 
     Raises:
-        ValueError: x of another shape than the problem's, or not finite.
+        ValueError: x of another shape than the problem's, or x or a parameter not finite.
     """
     if x.shape != problem.shape:
         raise ValueError(f"Expected x of the problem's shape {tuple(problem.shape)}. Got {tuple(x.shape)}.")
     if not bool(x.isfinite().all()):
         raise ValueError("Expected a finite x. Got NaN or inf.")
+    if found := problem.not_finite():
+        raise ValueError(f"Expected finite parameters. Got {found}.")
     exact = problem.double()
     exact = problem if exact is None else exact
     at = _Gradient.at(exact, x.detach().to(exact.dtype))

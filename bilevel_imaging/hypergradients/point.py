@@ -118,9 +118,15 @@ class Point:
             return "the upper-level loss does not declare its smoothness"
         return ""
 
-    @property
+    @cached_property
     def reason(self) -> str:
         """Why nothing can be certified at this point; empty if it can."""
+        finite = bool(self.measured_grad_norm.isfinite().all())
+        reason = self._missing() if finite else "the gradient of the lower level is not finite"
+        return reason and (self.problem.not_finite() or reason)
+
+    def _missing(self) -> str:
+        """Which constant is not known."""
         constants = self.ball_constants
         if self.value_reason:
             return self.value_reason
