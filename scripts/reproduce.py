@@ -338,8 +338,8 @@ def save_record(record: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def save_learned(record: dict[str, Any], folder: Path) -> list[Path]:
-    """Regularizers that an experiment has learned, each as a file."""
+def save_learned(record: Any, folder: Path) -> list[Path]:
+    """Regularizers that an experiment has learned, each as a file; records without ``learned`` hold none."""
     from bilevel_imaging import save_regularizer
 
     written = []
