@@ -13,7 +13,7 @@ import bilevel_imaging as bi
 from bilevel_imaging import native
 from bilevel_imaging.linear_solvers import ConjugateGradient
 from bilevel_imaging.native import library
-from bilevel_imaging.tensors import gram, products
+from bilevel_imaging.tensors import gram, inner, norm, products
 
 pytestmark = pytest.mark.skipif(native.native_kernels() != "native", reason="no compiled kernels on this machine")
 SHAPES = [(3, 1, 17, 33), (2, 3, 8, 9), (2, 1, 1, 5), (2, 1, 6, 2), (1, 1, 40, 40)]
@@ -306,3 +306,29 @@ def test_built_once_and_switched_off(tmp_path):
     broken.chmod(0o755)
     words, error = in_a_new_process(tmp_path / "other", CC=str(broken))
     assert words == "" and "no license" in error  # a warning, which that process turns into an error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 2, 17, 33), (2, 1, 1, 5), (2, 1, 6, 1), (1, 1, 40, 16)])
+@torch.no_grad()
+def test_one_pass_measures_what_float64_evaluates(shape, dtype):
+    """All numbers of the classical certificate, from the images as they are."""
+    x, q, b, f = (photograph(shape, dtype, seed) for seed in (1, 2, 3, 4))
+    regularizer = bi.TotalVariation(0.2, 0.05).double()
+    weight, smoothing = (float(number.exp()) for number in (regularizer.log_weight, regularizer.log_smoothing))
+    found = native.measure(x, q, b, f, constant=1.3, weight=weight, smoothing=smoothing)
+    x, q, b, f = (image.double() for image in (x, q, b, f))
+    at = regularizer.linearize(x)
+    columns, gradient = at.mixed_columns(), at.grad + 1.3 * x - b
+    residual = f - at.hvp(q) - 1.3 * q
+    for name, expected in {
+        "x_norm": norm(x),
+        "q_norm": norm(q),
+        "grad_norm": norm(gradient),
+        "residual_norm": norm(residual),
+        "q_dot_grad": inner(q, gradient),
+        "products": products(columns, q),
+        "gram": gram(columns),
+    }.items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(getattr(found, name), expected, rtol=0, atol=1e-13 * scale, msg=name)

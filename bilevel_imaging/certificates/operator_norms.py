@@ -56,11 +56,17 @@ def from_columns(columns: Tensor) -> Tensor:
         flat = columns.double()
         scale = binary_scale(flat)
         products = gram(flat / per_sample(scale, flat))
+    size = from_gram(products)
+    return size if scale is None else scale * size
+
+
+def from_gram(products: Tensor) -> Tensor:
+    """||J_i|| from J^T J ``(B, n, n)`` float64, rounded up, ``(B,)``."""
     if products.shape[1] == 1:
         size = products[:, 0, 0].sqrt()
     else:
         size = torch.linalg.eigvalsh(products)[:, -1].clamp(min=0).sqrt()
-    return (size if scale is None else scale * size) * (1 + GRAM_SLACK)
+    return size * (1 + GRAM_SLACK)
 
 
 def probe_count(failure_probability: float, factor: float) -> int:

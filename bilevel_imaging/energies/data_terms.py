@@ -151,7 +151,12 @@ class IdentityTerm(DataTerm):
         return other
 
     def coarse_gradient_scale(self, x: Tensor) -> Tensor:
-        return norm(x).double() + self._size * (1 + 1e-6)
+        return norm(x).double() + self.size_bound
+
+    @property
+    def size_bound(self) -> Tensor:
+        """A bound of ||y||, ``(B,)`` float64."""
+        return self._size * (1 + 1e-6)
 
     @cached_property
     def _size(self) -> Tensor:

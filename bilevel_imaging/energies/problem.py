@@ -18,7 +18,7 @@ from bilevel_imaging.derivatives import (
     NewtonModel,
     Preconditioner,
 )
-from bilevel_imaging.native import Descent, Stencil
+from bilevel_imaging.native import Descent, Measured, Stencil
 from bilevel_imaging.tensors import all_finite
 
 __all__ = ["Constants", "CountedLinearization", "Directional", "Linearization", "LowerLevelProblem", "Metric"]
@@ -117,6 +117,17 @@ class LowerLevelProblem(abc.ABC):
             return self.gradient_rounding(x)
         enough = coarse <= NEGLIGIBLE * size
         return coarse if bool(enough.all()) else torch.where(enough, coarse, self.gradient_rounding(x))
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is a ``measure``."""
+        return False
+
+    def measure(self, x: Tensor, q: Tensor, loss_grad: Tensor) -> tuple[Measured, Tensor]:
+        """What the classical certificate asks of x and the adjoint q, all ``(B, *image)`` in the dtype of the data,
+        evaluated in float64 in one pass, and a bound of the rounding of the gradient, ``(B,)`` float64. Counts as a
+        gradient, a product and the columns of J."""
+        raise NotImplementedError
 
     def metric(self) -> Metric | None:
         """A matrix below every Hessian that is cheap to invert, or ``None``."""

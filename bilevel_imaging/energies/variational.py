@@ -11,14 +11,14 @@ from bilevel_imaging.checks import not_negative
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Constants, Linearization, Metric
 from bilevel_imaging.energies.binding import data_term
-from bilevel_imaging.energies.data_terms import DataTerm
+from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm
 from bilevel_imaging.energies.data_weights import DataWeight
 from bilevel_imaging.energies.preconditioning import pays
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.energies.variational_linearization import VariationalLinearization
 from bilevel_imaging.energies.weighted_terms import WeightedTerm, weighted
 from bilevel_imaging.errors import NotStronglyConvexError
-from bilevel_imaging.native import Descent, Quadratic
+from bilevel_imaging.native import Descent, Measured, Quadratic
 from bilevel_imaging.regularizers.base import Regularizer
 from bilevel_imaging.regularizers.parameters import check_known, check_values, ordered
 from bilevel_imaging.tensors import all_finite, squared_norm
@@ -234,6 +234,20 @@ class VariationalProblem(LowerLevelProblem):
         if self.ridge:
             scale = scale + self.ridge * x.detach().double().flatten(1).norm(dim=1)
         return 4 * torch.finfo(self.dtype).eps * scale
+
+    @property
+    def measures(self) -> bool:
+        return isinstance(self.data, IdentityTerm) and self.regularizer.measures and native.serves(self.data.y)
+
+    def measure(self, x: Tensor, q: Tensor, loss_grad: Tensor) -> tuple[Measured, Tensor]:
+        assert isinstance(self.data, IdentityTerm)
+        data = self.data
+        found = self.regularizer.measure(x, q, data.y, loss_grad, 1 + self.ridge)
+        self.cost.gradients += len(x)
+        self.cost.hvps += int((found.q_norm > 0).sum())  # a product with 0 is none
+        self.cost.mixed_products += len(x) * found.products.shape[1]
+        size = found.x_norm * (1 + self.ridge) + data.size_bound + self.regularizer.coarse_gradient_scale(x)
+        return found, 4 * torch.finfo(torch.float64).eps * size
 
     def descent(self) -> Descent | None:
         data, parts = self.data, self.data.expanded()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import LinearSolution
+from bilevel_imaging.native import Measured
 from bilevel_imaging.tensors import entries, inner, length, norm, products
 
 # relative rounding of the coefficients from which an energy norm was computed
@@ -92,6 +93,7 @@ def estimate(
     known: LinearSolution | None = None,
     thrifty: bool = False,
     enough: Callable[[float], float] | None = None,
+    measured: Measured | None = None,
 ) -> Estimate:
     """Evaluate -J^T q at the point: one HVP for the residual (unless the solver measured it), then bounds from that.
 
@@ -99,47 +101,53 @@ def estimate(
     linear solve that ended with this residual; a bound of its energy norm is used if there is one. ``thrifty``: with
     parameters too many for columns of J, Euclidean bounds cost several products and are worse than the local one: they
     are left out where that holds; and where the local one is below what ``enough`` makes of the norm of the estimate.
+    ``measured``: what else would be evaluated at a plain point, which has taken its part of that.
     """
     q_norm = point.norm(q)
-    residual, product, rounding = _residual(point, q, q_norm, known)
-    measured = point.norm(residual)
+    if measured is None:
+        residual, product, rounding = _residual(point, q, q_norm, known)
+        size, value = point.norm(residual), inner(q, point.gradient).double()
+        grad = adjoint_gradient(point, q) if gradient else {}
+    else:
+        residual, product, size, value = known.residual, None, measured.residual_norm, measured.q_dot_grad
+        grad, rounding = _by_name(measured.products, point.problem.theta), measured_rounding(point, measured)
     partial = Estimate(
         point=point,
         q=q,
         residual=residual,
-        residual_norm=measured + rounding,
-        grad=adjoint_gradient(point, q) if gradient else {},
+        residual_norm=size + rounding,
+        grad=grad,
         bounds={},
         component_bounds=None,
-        rounding_share=torch.zeros_like(measured),
-        hessian=torch.zeros_like(measured),
+        rounding_share=torch.zeros_like(size),
+        hessian=torch.zeros_like(size),
         local=None,
-        loss=point.loss_value - inner(q, point.gradient).double(),
-        loss_interval=(torch.full_like(measured, -torch.inf), torch.full_like(measured, torch.inf)),
+        loss=point.loss_value - value,
+        loss_interval=(torch.full_like(size, -torch.inf), torch.full_like(size, torch.inf)),
     )
     if point.value_reason:
         return partial
     local = None if point.plain else _local(point, q, product, residual, rounding, known, gradient)
-    many = point.columns is None
+    many = local is not None and point.columns is None
     near = local is not None and bool((local.curvature * local.distance < SMALL).all())
     if (
         gradient
         and local is not None
         and ((thrifty and many and bool(local.valid.all())) or (enough is not None and near and not many))
     ):
-        alone = replace(partial, hessian=torch.full_like(measured, torch.inf), local=local)
+        alone = replace(partial, hessian=torch.full_like(size, torch.inf), local=local)
         alone = _certify_local(alone, q_norm)
         if many or float(alone.bounds["local"].total.mean()) <= enough(alone.norm):
             return replace(alone, loss_interval=_loss_interval(alone, alone.hessian))
     if gradient and point.reason:
         return partial
     if not gradient and near:
-        hessian, along = torch.full_like(measured, torch.inf), None  # the local interval is the smaller one
+        hessian, along = torch.full_like(size, torch.inf), None  # the local interval is the smaller one
     else:
         hessian, along = _along(point, q, q_norm)
     partial = replace(partial, hessian=hessian, local=local)
     partial = replace(partial, loss_interval=_loss_interval(partial, hessian))
-    return _certify(partial, q_norm, measured, along) if gradient else partial
+    return _certify(partial, q_norm, size, along) if gradient else partial
 
 
 def _residual(
@@ -184,14 +192,32 @@ def unnoticed(point: Point, solution: LinearSolution) -> bool:
     return bool(fine.all())
 
 
+def measured_rounding(point: Point, measured: Measured) -> Tensor:
+    """Bound of the rounding of a residual measured in float64 with a loss gradient in the dtype of the point, ``(B,)``
+    float64."""
+    smoothness = point.constants.smoothness.double()
+    own = smoothness * measured.q_norm + point.loss_grad_norm
+    return 8 * torch.finfo(torch.float64).eps * own + loss_grad_rounding(point)
+
+
+def loss_grad_rounding(point: Point) -> Tensor:
+    """Bound of the rounding of the gradient of the loss at a point in the dtype of the data, ``(B,)`` float64."""
+    unit = 0.0 if point.x.dtype == torch.float64 else SOLVER_UNITS * torch.finfo(point.x.dtype).eps
+    return unit * point.loss_grad_norm
+
+
 def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
-    batch = q.shape[0]
     if point.columns is None:
         product = point.linearization.mixed_vjp(q)
-        return {name: (-product[name] / batch).to(theta[name].dtype) for name in theta}
-    flat = -products(point.columns, q.to(point.columns.dtype)).sum(0) / batch
+        return {name: (-product[name] / len(q)).to(theta[name].dtype) for name in theta}
+    return _by_name(products(point.columns, q.to(point.columns.dtype)), theta)
+
+
+def _by_name(each: Tensor, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """-mean_i of J_i^T q_i ``(B, n)``."""
+    flat = -each.sum(0) / len(each)
     pieces = flat.split([p.numel() for p in theta.values()])
     return {name: g.reshape(p.shape).to(p.dtype) for (name, p), g in zip(theta.items(), pieces, strict=True)}
 

@@ -13,6 +13,7 @@ from bilevel_imaging.derivatives import Constants, Linearization, LocalChange, M
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.mixed_operators import randomized_mixed_norms
+from bilevel_imaging.native import Measured
 from bilevel_imaging.tensors import column_norms, inner, largest_entries, norm, per_sample, units
 
 
@@ -72,13 +73,31 @@ class Point:
         self.loss_grad = loss.grad(x)
         self._norms: list[tuple[Tensor, Tensor]] = []
         self.loss_grad_norm = self.norm(self.loss_grad)
-        self.measured_grad_norm = self.norm(self.gradient)
-        self.rounding = problem.gradient_rounding_beside(x, self.measured_grad_norm).double()
-        self.grad_norm = self.measured_grad_norm + self.rounding
         self.gradient_energy = gradient_energy
         self.failures = [] if failures is None else failures
         self._direction: tuple[Tensor, Tensor, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor] | None = None
+
+    def take(self, measured: Measured, rounding: Tensor, q: Tensor) -> None:
+        """Let numbers that were measured here in one pass, and q's norm, stand for what would be evaluated."""
+        self.measured_grad_norm, self.rounding = measured.grad_norm, rounding
+        self.mixed_norm = certificates.operator_norms.from_gram(measured.gram)
+        self._norms = [*self._norms, (q, measured.q_norm)]
+
+    @cached_property
+    def measured_grad_norm(self) -> Tensor:
+        """||G|| as evaluated, ``(B,)`` float64."""
+        return self.norm(self.gradient)
+
+    @cached_property
+    def rounding(self) -> Tensor:
+        """Bound of the rounding of G, ``(B,)`` float64."""
+        return self.problem.gradient_rounding_beside(self.x, self.measured_grad_norm).double()
+
+    @cached_property
+    def grad_norm(self) -> Tensor:
+        """||G|| with rounding, ``(B,)`` float64."""
+        return self.measured_grad_norm + self.rounding
 
     def norm(self, v: Tensor) -> Tensor:
         """||v||, ``(B,)`` float64; those of the latest images are remembered."""

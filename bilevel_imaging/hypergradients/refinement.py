@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bilevel_imaging import certificates
 from bilevel_imaging.certificates import LocalMeasurements
-from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import (
     ENERGY_SLACK,
@@ -20,14 +19,15 @@ from bilevel_imaging.hypergradients.evaluation import (
     adjoint_gradient,
     estimate,
     forecast,
-    residual_rounding,
+    loss_grad_rounding,
     unnoticed,
 )
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.tensors import entries, inner, length, norm, per_sample
+from bilevel_imaging.native import Measured
+from bilevel_imaging.tensors import as_per_sample, entries, inner, length, norm, per_sample, units
 
 # a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
 LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
@@ -96,10 +96,9 @@ class Refiner:
         as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
-        rough = self._rough_point() if aim is None else None
-        if rough is not None and self._plain_will_do(rough, residual_tol):
-            return self._plainly(rough, q0, residual_tol)
-        point = self.point(self.lower_solution.x, None if rough is None else rough.linearization)
+        if aim is None and self.plain and not self.many_parameters and self.problem.constants().smoothness is not None:
+            return self._plainly(q0, residual_tol)
+        point = self.point(self.lower_solution.x)
         if aim is not None and point.columns is None:
             point = self._nearer(point)
         rhs = point.loss_grad.to(self.problem.dtype)
@@ -116,30 +115,46 @@ class Refiner:
         """Whether there are too many for columns of J."""
         return sum(p.numel() for p in self.problem.theta.values()) > MANY_PARAMETERS
 
-    def _rough_point(self) -> Point | None:
-        """The point in the dtype of float32 data, if that may do for the classical certificate."""
-        if not self.plain or self.many_parameters or self.problem.dtype == torch.float64:
-            return None
-        if self.problem.constants().smoothness is None:
-            return None
-        return Point(self.problem, self.loss, self.lower_solution.x, failures=self.failures, plain=True)
-
-    @staticmethod
-    def _plain_will_do(rough: Point, residual_tol: Tensor | float) -> bool:
-        """Whether the classical certificate can be expected not to notice the rounding of float32 data."""
-        size, smoothness = rough.loss_grad_norm, rough.constants.smoothness
-        return not bool((residual_rounding(rough.x.dtype, smoothness, size, size) > PLAINLY * residual_tol).any())
-
-    def _plainly(self, point: Point, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
-        """The adjoint and the classical certificate, in the dtype of the data if its rounding is not noticed there."""
-        x, at = point.x, point.working
-        solution = self.linear.solve(at, point.loss_grad, residual_tol, q0=q0)
-        self.linear_solution = solution
-        if not unnoticed(point, solution) or point.columns is None:
+    def _plainly(self, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
+        """The adjoint and the classical certificate: in one pass in float64 where there is one, else in the dtype of
+        the data if its rounding is not noticed there."""
+        x = self.lower_solution.x
+        point = Point(self.problem, self.loss, x, failures=self.failures, plain=True)
+        at, rhs, tol = point.working, point.loss_grad, as_per_sample(residual_tol, point.loss_grad, "residual_tol")
+        if self._measures(point, tol):
+            solution = self.linear.begin(at, rhs, tol, q0=q0)  # whose residual is measured
+            measured = self._measured(point, solution)
+            if measured is not None and bool((solution.converged & (measured.residual_norm > tol)).any()):
+                solution = self.linear.solve(at, rhs, tol, q0=solution.q)
+                measured = self._measured(point, solution)
+            if measured is not None:
+                self.linear_solution = solution
+                return self._resumable(estimate(point, solution.q, known=solution, measured=measured), solution)
+            q0 = solution.q
+        self.linear_solution = solution = self.linear.solve(at, rhs, tol, q0=q0)
+        if x.dtype != torch.float64 and (not unnoticed(point, solution) or point.columns is None):
             dtype = self.exact.dtype
             point = Point(self.exact, self.loss, x.to(dtype), at, True, failures=self.failures, plain=True)
         result = self._estimate(point, solution.q.to(point.x.dtype), solution)
         return self._resumable(result, solution)
+
+    def _measures(self, point: Point, residual_tol: Tensor) -> bool:
+        """Whether one pass in float64 can be expected not to notice the rounding of the gradient of the loss."""
+        if not self.problem.measures or self.loss.x_true.dtype != point.x.dtype:
+            return False
+        return not bool((loss_grad_rounding(point) > PLAINLY * residual_tol).any())
+
+    def _measured(self, point: Point, solution: LinearSolution) -> Measured | None:
+        """What one pass says of the two solutions, told to the point; ``None`` where numbers leave the range."""
+        if solution.residual is None:
+            return None
+        measured, rounding = self.problem.measure(point.x, solution.q, point.loss_grad)
+        usual = units(measured.gram.diagonal(dim1=1, dim2=2).sum(1).sqrt(), point.x) is None
+        numbers = measured.grad_norm + measured.residual_norm + measured.q_norm
+        if not usual or not bool(numbers.isfinite().all()):
+            return None
+        point.take(measured, rounding, solution.q)
+        return measured
 
     def _nearer(self, point: Point) -> Point:
         """Newton steps to where the local certificate is valid, if that is not far: without columns of J the others
@@ -197,11 +212,11 @@ class Refiner:
         if not isinstance(self.linear, ConjugateGradient):
             self.linear, self.resumable = self.newton_solver, None
 
-    def point(self, x: Tensor, working: Linearization | None = None) -> Point:
+    def point(self, x: Tensor) -> Point:
         """The point in the evaluation dtype, with a linearization there in the solver's dtype."""
         if self.exact is self.problem:
             return Point(self.exact, self.loss, x, failures=self.failures, plain=self.plain)
-        working = self.problem.linearize(x.to(self.problem.dtype)) if working is None else working
+        working = self.problem.linearize(x.to(self.problem.dtype))
         there = x.dtype == self.problem.dtype
         exact = x.to(self.exact.dtype)
         return Point(self.exact, self.loss, exact, working, there, failures=self.failures, plain=self.plain)

@@ -170,7 +170,8 @@ def resumed(
     status = torch.where(finite, status, NOT_FINITE)
     return Systems(
         b,
-        *(image.clone() for image in images),
+        images[0].clone(),
+        images[1].clone(),
         tol,
         tol.clone(),
         residual,

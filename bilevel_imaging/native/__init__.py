@@ -3,6 +3,7 @@
 from bilevel_imaging.native.convolutions import SeparableConvolution, separable
 from bilevel_imaging.native.filters import Bank
 from bilevel_imaging.native.library import native_kernels, serves
+from bilevel_imaging.native.measure import Measured, measure
 from bilevel_imaging.native.newton import Descent, DescentStates, Quadratic
 from bilevel_imaging.native.potentials import (
     AbsolutePotentials,
@@ -38,6 +39,7 @@ __all__ = [
     "Bank",
     "Descent",
     "DescentStates",
+    "Measured",
     "Potentials",
     "Quadratic",
     "SeparableConvolution",
@@ -54,6 +56,7 @@ __all__ = [
     "inner",
     "largest",
     "linearize",
+    "measure",
     "model_field",
     "native_kernels",
     "primal_dual",

@@ -125,3 +125,11 @@ typedef double vector_float64 __attribute__((vector_size(64)));
 #include "potentials.h"
 #include "filters.h"
 #include "sparse_features.h"
+#define FROM float
+#define TAKING(f) f##_float32
+#include "measure.h"
+#undef FROM
+#undef TAKING
+#define FROM double
+#define TAKING(f) f##_float64
+#include "measure.h"

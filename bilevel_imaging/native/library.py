@@ -29,6 +29,7 @@ SOURCES = (
     "potentials.h",
     "filters.h",
     "sparse_features.h",
+    "measure.h",
 )
 # sums may be reassociated and products contracted; NaN and inf keep their meaning
 FLAGS = (

@@ -132,8 +132,9 @@ class SystemStates:
         iterations: Tensor,
     ):
         self.table = torch.empty((len(residual), _DOUBLES + _INTEGERS), dtype=torch.float64)
-        for column, value in enumerate((residual, target, rz, radau, lowest, energy, 0.0)):
+        for column, value in enumerate((residual, target, rz, radau, lowest, energy)):
             self.table[:, column] = torch.nan if value is None else value
+        self.drift.zero_()
         self.counters = self.table.view(torch.int64)
         self.counters[:, _DOUBLES], self.counters[:, _DOUBLES + 1] = status, iterations
 

@@ -150,6 +150,16 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         """Newton's method in compiled code for a quadratic data term with this; ``None`` where there is none."""
         return None
 
+    @property
+    def measures(self) -> bool:
+        """Whether there is a ``measure``."""
+        return False
+
+    def measure(self, x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, constant: float) -> native.Measured:
+        """What the classical certificate asks of x and q for this plus constant / 2 ||x||^2 - <b, x>, in compiled code
+        and in float64; all ``(B, C, H, W)``."""
+        raise NotImplementedError
+
     def hvp(self, x: Tensor, v: Tensor) -> Tensor:
         """Hessian-vector products of every sample, ``(B, C, H, W)``."""
         linearization = self.linearize(x)

@@ -109,6 +109,14 @@ class TotalVariation(Regularizer):
         weight, smoothing = self._parameters_like(quadratic.b)
         return native.Descent(quadratic, float(weight), float(smoothing))
 
+    @property
+    def measures(self) -> bool:
+        return self.is_plain and self.log_weight.requires_grad and self.log_smoothing.requires_grad
+
+    def measure(self, x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, constant: float) -> native.Measured:
+        weight, smoothing = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
+        return native.measure(x, q, b, loss_grad, constant=constant, weight=weight, smoothing=smoothing)
+
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         """See :meth:`Regularizer.constants`; the same object while nothing that they depend on changes."""
         parameters = (self.log_weight, self.log_smoothing)
