@@ -76,6 +76,9 @@ class Estimate:
     def best(self, names: tuple[str, ...]) -> tuple[Tensor, Bound, str]:
         """Smallest of the named bounds for every sample, its parts, and the name that wins most often."""
         names = tuple(name for name in names if name in self.bounds)
+        if len(names) == 1:
+            only = self.bounds[names[0]]
+            return only.total.nan_to_num(nan=torch.inf, posinf=torch.inf), only, names[0]
         totals = torch.stack([self.bounds[name].total for name in names])
         best, which = totals.nan_to_num(nan=torch.inf, posinf=torch.inf).min(0)
         parts = [

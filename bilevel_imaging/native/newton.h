@@ -97,9 +97,9 @@ static double NAME(newton_direction)(
     REAL *z, double tol, int64_t max_inner, NAME(Descent) *now, const NAME(Part) *part, NAME(Shared) *shared
 ) {
     const int64_t w = e->data.width, from = part->from * w, size = (part->to - part->from) * w;
-    const int reach = sizeof(REAL) == 4 ? 120 : 1000;
-    int exponent;
-    frexp(now->size, &exponent); /* units of a power of two: exact, and squares do not underflow */
+    const int reach = sizeof(REAL) == 4 ? 120 : 1000, usual = now->size > 1e-6 && now->size < 1e6;
+    int exponent = 0;
+    if (!usual) frexp(now->size, &exponent); /* units of a power of two: exact, and squares do not underflow */
     exponent = exponent < -reach ? -reach : exponent > reach ? reach : exponent;
     const double unit = ldexp(1, exponent);
     const REAL scale = (REAL)(1 / unit), back = (REAL)unit;
@@ -123,7 +123,8 @@ static double NAME(newton_direction)(
         &system, NULL, q, other->x, other->grad, z, shared->squares, part->work, &shared->system, max_inner, part->thread,
         part->team);
     for (int64_t row = part->from; row < part->to; row++) {
-        for (int64_t j = row * w; j < (row + 1) * w; j++) q[j] *= back;
+        if (!usual)
+            for (int64_t j = row * w; j < (row + 1) * w; j++) q[j] *= back;
         shared->slopes[row] = NAME(dot)(at->grad + row * w, q + row * w, w);
     }
     wait_for_team(part->team); /* for that thread 0 has told how it ended, too */
