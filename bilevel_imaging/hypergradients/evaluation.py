@@ -281,7 +281,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     # dtype of the parameters
     stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
     rounded = 8 * torch.finfo(e.q.dtype).eps * m.mixed_norm + COLUMN_UNITS * point.rounding
-    representation = rounded * q_norm + stored * e.norm
+    representation = rounded * q_norm + stored * e.norm + accumulation(e)
     bounds = {name: replace(b, remainder=b.remainder + representation).without_nan() for name, b in bounds.items()}
     components = None
     if along is not None and along.mixed_components is not None and point.column_norms is not None:
@@ -301,6 +301,13 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         component_bounds=components,
         rounding_share=_rounding_share(e, bounds, e.residual_norm - measured),
     )
+
+
+def accumulation(e: Estimate) -> Tensor:
+    """Bound of the rounding of the sums behind J^T q in a dtype coarser than float64, ``(B,)`` float64."""
+    if not e.point.accumulated:
+        return torch.zeros_like(e.residual_norm)
+    return e.point.accumulated * torch.finfo(e.q.dtype).eps * e.point.mixed_norm.double() * e.point.norm(e.q)
 
 
 def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:

@@ -47,6 +47,7 @@ class Point:
     ``working`` is a linearization for solvers, in the dtype of the data; by default the same as that of the point.
     ``working_is_there`` says that it is at x itself, not at x rounded.
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
+    ``accumulated``: how many numbers are added up in the dtype of ``problem`` for an entry of J^T q, if that counts.
     ``plain``: no more than the classical certificate needs, which takes ||G|| / mu for the distance.
     A randomized bound made here appends the probability that it fails to ``failures``.
     """
@@ -74,6 +75,7 @@ class Point:
         self._norms: list[tuple[Tensor, Tensor]] = []
         self.loss_grad_norm = self.norm(self.loss_grad)
         self.gradient_energy = gradient_energy
+        self.accumulated = 0
         self.failures = [] if failures is None else failures
         self._direction: tuple[Tensor, Tensor, Tensor] | None = None
         self._measured: tuple[Tensor, Tensor] | None = None

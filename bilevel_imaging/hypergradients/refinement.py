@@ -16,6 +16,7 @@ from bilevel_imaging.hypergradients.evaluation import (
     ENERGY_SLACK,
     PLAINLY,
     Estimate,
+    accumulation,
     adjoint_gradient,
     estimate,
     forecast,
@@ -96,7 +97,7 @@ class Refiner:
         as far as a rough adjoint tells, which costs less than to evaluate all certificates first.
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
-        if aim is None and self.plain and not self.many_parameters and self.problem.constants().smoothness is not None:
+        if aim is None and self.plain and self.problem.constants().smoothness is not None:
             return self._plainly(q0, residual_tol)
         point = self.point(self.lower_solution.x)
         if aim is not None and point.columns is None:
@@ -120,6 +121,8 @@ class Refiner:
         the data if its rounding is not noticed there."""
         x = self.lower_solution.x
         point = Point(self.problem, self.loss, x, failures=self.failures, plain=True)
+        if self.lower_solution.grad_rounding is not None:
+            point.rounding = self.lower_solution.grad_rounding.double()
         at, rhs, tol = point.working, point.loss_grad, as_per_sample(residual_tol, point.loss_grad, "residual_tol")
         if self._measures(point, tol):
             solution = self.linear.begin(at, rhs, tol, q0=q0)  # whose residual is measured
@@ -132,11 +135,27 @@ class Refiner:
                 return self._resumable(estimate(point, solution.q, known=solution, measured=measured), solution)
             q0 = solution.q
         self.linear_solution = solution = self.linear.solve(at, rhs, tol, q0=q0)
-        if x.dtype != torch.float64 and (not unnoticed(point, solution) or point.columns is None):
-            dtype = self.exact.dtype
-            point = Point(self.exact, self.loss, x.to(dtype), at, True, failures=self.failures, plain=True)
-        result = self._estimate(point, solution.q.to(point.x.dtype), solution)
-        return self._resumable(result, solution)
+        if x.dtype == torch.float64 or self._rough_will_do(point, solution):
+            result = self._estimate(point, solution.q, solution)
+            if not point.accumulated or bool(
+                (accumulation(result) <= PLAINLY * result.bounds["classical"].total).all()
+            ):
+                return self._resumable(result, solution)
+        dtype = self.exact.dtype
+        point = Point(self.exact, self.loss, x.to(dtype), at, True, failures=self.failures, plain=True)
+        return self._resumable(self._estimate(point, solution.q.to(dtype), solution), solution)
+
+    def _rough_will_do(self, point: Point, solution: LinearSolution) -> bool:
+        """Whether the classical certificate can be evaluated in the dtype of float32 data."""
+        if not unnoticed(point, solution):
+            return False
+        if not self.many_parameters and point.columns is not None:
+            return True
+        mixed_norm = point.linearization.mixed_norm_bound()
+        if mixed_norm is None:
+            return False
+        point.mixed_norm, point.accumulated = mixed_norm, point.x.numel()
+        return True
 
     def _measures(self, point: Point, residual_tol: Tensor) -> bool:
         """Whether one pass in float64 can be expected not to notice the rounding of the gradient of the loss."""

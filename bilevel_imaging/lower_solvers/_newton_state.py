@@ -99,4 +99,5 @@ def solution_of(problem: LowerLevelProblem, state: NewtonState, error_tol: Tenso
         iterations=state.iterations,
         converged=status == CONVERGED,
         reason=tuple(_REASONS[code] for code in status.tolist()),
+        grad_rounding=rounding,
     )

@@ -22,6 +22,7 @@ class LowerSolution:
         converged: ``grad_norm <= mu * error_tol``, and so is, to a hundredth, what is certified of it: rounding may be
             more than was asked for; bool ``(B,)``.
         reason: why each sample stopped: "converged", "max_iter", "stagnated" (rounding floor), "not finite".
+        grad_rounding: bound of the rounding error in the gradient, ``(B,)``, where it is known.
     """
 
     x: Tensor
@@ -30,6 +31,7 @@ class LowerSolution:
     iterations: Tensor
     converged: Tensor
     reason: tuple[str, ...]
+    grad_rounding: Tensor | None = None
 
 
 # part of an accuracy by which the rounding at the end may exceed that at the start
