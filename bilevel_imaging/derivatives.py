@@ -138,8 +138,7 @@ class Preconditioner:
     Attributes:
         inverse: ``(B, *image)`` to the same.
         lowest: lower bound of lambda_min(P^{-1} H), ``(B,)`` float64, or ``None``; with it conjugate gradients bound
-        the
-            energy norm of their error.
+            the energy norm of their error.
     """
 
     inverse: Callable[[Tensor], Tensor]

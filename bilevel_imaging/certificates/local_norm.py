@@ -2,10 +2,9 @@
 itself.
 
 Write ||v||_H^2 = <v, H_eps v> and ||v||_{H^-1} for its dual. If |D^3 g[e, v, v]| <= K ||e||_H <v, H v> along the
-segment
-to x* (self-concordance; smoothed total variation has it), then with kappa = K ||e||_H the Hessians on the segment lie
-between exp(-kappa) H_eps and exp(kappa) H_eps. No constant in these bounds is divided by mu, so they stay sharp where
-mu is tiny.
+segment to x* (self-concordance; smoothed total variation has it), then with kappa = K ||e||_H the Hessians on the
+segment lie between exp(-kappa) H_eps and exp(kappa) H_eps. No constant in these bounds is divided by mu, so they stay
+sharp where mu is tiny.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ def energy_distance(dual_grad_norm: Tensor, curvature: Tensor) -> Tensor:
         curvature: K valid for ||e||_H <= ``TRIAL_FACTOR`` * dual_grad_norm, ``(B,)``.
 
     Proof: e = -Hbar^{-1} G with Hbar >= H (1 - exp(-kappa)) / kappa gives ||e||_H <= ||G||_{H^-1} growth(K ||e||_H).
-    Along
-    the homotopy g - (1 - t) <G, x> the left side starts at 0 and moves continuously, and it can't cross a radius E with
-    ||G||_{H^-1} growth(K E) <= E before t = 1.
+    Along the homotopy g - (1 - t) <G, x> the left side starts at 0 and moves continuously, and it can't cross a radius
+    E with ||G||_{H^-1} growth(K E) <= E before t = 1.
     """
     radius = TRIAL_FACTOR * dual_grad_norm
     holds = _growth(curvature * radius) <= TRIAL_FACTOR
@@ -61,7 +59,7 @@ class LocalMeasurements:
         curvature: K on that ball.
         residual_norm: R_H >= ||grad f - H q||_{H^-1}.
         mixed_norms: ||J_j||_{H^-1}, ``(B, n)``.
-        slopes: constants of DJ_j, ``(n,)``.
+        slopes: constants of DJ_j, ``(n,)`` or ``(B, n)``.
         hessian: constant of D^3 g[q].
         adjoint_energy: ||q||_R, R the part of H that depends on theta.
         adjoint_norm: ||q||_H.

@@ -109,13 +109,13 @@ class LowerLevelProblem(abc.ABC):
         """A larger bound that costs much less, ``(B,)``, or ``None``."""
         return None
 
-    def gradient_rounding_beside(self, x: Tensor, size: Tensor) -> Tensor:
-        """A bound of the rounding error in ``grad(x)``, ``(B,)``: the coarse one where it is negligible beside ``size``
-        ``(B,)``."""
+    def gradient_rounding_beside(self, x: Tensor, size: Tensor, part: float = NEGLIGIBLE) -> Tensor:
+        """A bound of the rounding error in ``grad(x)``, ``(B,)``: the coarse one where that is at most this part of
+        ``size`` ``(B,)``."""
         coarse = self.coarse_gradient_rounding(x)
         if coarse is None:
             return self.gradient_rounding(x)
-        enough = coarse <= NEGLIGIBLE * size
+        enough = coarse <= part * size
         return coarse if bool(enough.all()) else torch.where(enough, coarse, self.gradient_rounding(x))
 
     @property

@@ -12,6 +12,7 @@ from bilevel_imaging import certificates
 from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
 from bilevel_imaging.hypergradients.point import Point
+from bilevel_imaging.hypergradients.rounding import SOLVER_UNITS, accumulation, measured_rounding, residual_rounding
 from bilevel_imaging.linear_solvers import LinearSolution
 from bilevel_imaging.native import Measured
 from bilevel_imaging.tensors import entries, inner, length, norm, products
@@ -20,11 +21,8 @@ from bilevel_imaging.tensors import entries, inner, length, norm, products
 ENERGY_SLACK = 1e-2
 # curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
 SMALL = 0.1
-# rounding of a residual that a solver measured in its own dtype, in units of the last place of ||H|| ||q|| + ||grad f||
-# and the part of the residual below which that does
-SOLVER_UNITS, UNNOTICED = 32, 1e-2
-# part of G and of the residual that rounding may be in a classical bound, which is a hundred times too large anyway
-PLAINLY = 0.1
+# part of a residual that a solver measured in its own dtype below which rounding does not count
+UNNOTICED = 1e-2
 # rounding of J beside that of the gradient
 COLUMN_UNITS = 4
 # part of a bound below which a simpler one will do
@@ -178,37 +176,6 @@ def _residual(
     return residual, product, unit * (size + point.loss_grad_norm)
 
 
-def residual_rounding(dtype: torch.dtype, smoothness: Tensor, q_norm: Tensor, loss_grad_norm: Tensor) -> Tensor:
-    """Bound of the rounding of a residual that a solver measured in its own dtype, ``(B,)`` float64."""
-    return SOLVER_UNITS * torch.finfo(dtype).eps * (smoothness.double() * q_norm + loss_grad_norm)
-
-
-def unnoticed(point: Point, solution: LinearSolution) -> bool:
-    """Whether the rounding of G and of the residual at a point in the dtype of the data is small beside them."""
-    smoothness = point.constants.smoothness
-    if smoothness is None or solution.residual is None or not solution.verified:
-        return False
-    if point.loss.x_true.dtype != solution.q.dtype:  # which would be rounded, too
-        return False
-    residual = residual_rounding(solution.q.dtype, smoothness, point.norm(solution.q), point.loss_grad_norm)
-    fine = (point.rounding <= PLAINLY * point.measured_grad_norm) & (residual <= PLAINLY * solution.residual_norm)
-    return bool(fine.all())
-
-
-def measured_rounding(point: Point, measured: Measured) -> Tensor:
-    """Bound of the rounding of a residual measured in float64 with a loss gradient in the dtype of the point, ``(B,)``
-    float64."""
-    smoothness = point.constants.smoothness.double()
-    own = smoothness * measured.q_norm + point.loss_grad_norm
-    return 8 * torch.finfo(torch.float64).eps * own + loss_grad_rounding(point)
-
-
-def loss_grad_rounding(point: Point) -> Tensor:
-    """Bound of the rounding of the gradient of the loss at a point in the dtype of the data, ``(B,)`` float64."""
-    unit = 0.0 if point.x.dtype == torch.float64 else SOLVER_UNITS * torch.finfo(point.x.dtype).eps
-    return unit * point.loss_grad_norm
-
-
 def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
     """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
@@ -281,7 +248,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     # dtype of the parameters
     stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
     rounded = 8 * torch.finfo(e.q.dtype).eps * m.mixed_norm + COLUMN_UNITS * point.rounding
-    representation = rounded * q_norm + stored * e.norm + accumulation(e)
+    representation = rounded * q_norm + stored * e.norm + accumulation(point, e.q)
     bounds = {name: replace(b, remainder=b.remainder + representation).without_nan() for name, b in bounds.items()}
     components = None
     if along is not None and along.mixed_components is not None and point.column_norms is not None:
@@ -301,13 +268,6 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         component_bounds=components,
         rounding_share=_rounding_share(e, bounds, e.residual_norm - measured),
     )
-
-
-def accumulation(e: Estimate) -> Tensor:
-    """Bound of the rounding of the sums behind J^T q in a dtype coarser than float64, ``(B,)`` float64."""
-    if not e.point.accumulated:
-        return torch.zeros_like(e.residual_norm)
-    return e.point.accumulated * torch.finfo(e.q.dtype).eps * e.point.mixed_norm.double() * e.point.norm(e.q)
 
 
 def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:

@@ -14,21 +14,17 @@ from bilevel_imaging.certificates import LocalMeasurements
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.evaluation import (
     ENERGY_SLACK,
-    PLAINLY,
     Estimate,
-    accumulation,
     adjoint_gradient,
     estimate,
     forecast,
-    loss_grad_rounding,
-    unnoticed,
 )
 from bilevel_imaging.hypergradients.loss import LossOracle
+from bilevel_imaging.hypergradients.plain import classical
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.native import Measured
-from bilevel_imaging.tensors import as_per_sample, entries, inner, length, norm, per_sample, units
+from bilevel_imaging.tensors import entries, inner, length, norm, per_sample
 
 # a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
 LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
@@ -98,7 +94,18 @@ class Refiner:
         """
         self.lower_solution = self.lower.solve(self.problem, x0, error_tol)
         if aim is None and self.plain and self.problem.constants().smoothness is not None:
-            return self._plainly(q0, residual_tol)
+            result, self.linear_solution = classical(
+                self.problem,
+                lambda: self.exact,
+                self.loss,
+                self.lower_solution,
+                self.linear,
+                residual_tol,
+                q0=q0,
+                few_parameters=not self.many_parameters,
+                failures=self.failures,
+            )
+            return self._resumable(result, self.linear_solution)
         point = self.point(self.lower_solution.x)
         if aim is not None and point.columns is None:
             point = self._nearer(point)
@@ -115,65 +122,6 @@ class Refiner:
     def many_parameters(self) -> bool:
         """Whether there are too many for columns of J."""
         return sum(p.numel() for p in self.problem.theta.values()) > MANY_PARAMETERS
-
-    def _plainly(self, q0: Tensor | None, residual_tol: Tensor | float) -> Estimate:
-        """The adjoint and the classical certificate: in one pass in float64 where there is one, else in the dtype of
-        the data if its rounding is not noticed there."""
-        x = self.lower_solution.x
-        point = Point(self.problem, self.loss, x, failures=self.failures, plain=True)
-        if self.lower_solution.grad_rounding is not None:
-            point.rounding = self.lower_solution.grad_rounding.double()
-        at, rhs, tol = point.working, point.loss_grad, as_per_sample(residual_tol, point.loss_grad, "residual_tol")
-        if self._measures(point, tol):
-            solution = self.linear.begin(at, rhs, tol, q0=q0)  # whose residual is measured
-            measured = self._measured(point, solution)
-            if measured is not None and bool((solution.converged & (measured.residual_norm > tol)).any()):
-                solution = self.linear.solve(at, rhs, tol, q0=solution.q)
-                measured = self._measured(point, solution)
-            if measured is not None:
-                self.linear_solution = solution
-                return self._resumable(estimate(point, solution.q, known=solution, measured=measured), solution)
-            q0 = solution.q
-        self.linear_solution = solution = self.linear.solve(at, rhs, tol, q0=q0)
-        if x.dtype == torch.float64 or self._rough_will_do(point, solution):
-            result = self._estimate(point, solution.q, solution)
-            if not point.accumulated or bool(
-                (accumulation(result) <= PLAINLY * result.bounds["classical"].total).all()
-            ):
-                return self._resumable(result, solution)
-        dtype = self.exact.dtype
-        point = Point(self.exact, self.loss, x.to(dtype), at, True, failures=self.failures, plain=True)
-        return self._resumable(self._estimate(point, solution.q.to(dtype), solution), solution)
-
-    def _rough_will_do(self, point: Point, solution: LinearSolution) -> bool:
-        """Whether the classical certificate can be evaluated in the dtype of float32 data."""
-        if not unnoticed(point, solution):
-            return False
-        if not self.many_parameters and point.columns is not None:
-            return True
-        mixed_norm = point.linearization.mixed_norm_bound()
-        if mixed_norm is None:
-            return False
-        point.mixed_norm, point.accumulated = mixed_norm, point.x.numel()
-        return True
-
-    def _measures(self, point: Point, residual_tol: Tensor) -> bool:
-        """Whether one pass in float64 can be expected not to notice the rounding of the gradient of the loss."""
-        if not self.problem.measures or self.loss.x_true.dtype != point.x.dtype:
-            return False
-        return not bool((loss_grad_rounding(point) > PLAINLY * residual_tol).any())
-
-    def _measured(self, point: Point, solution: LinearSolution) -> Measured | None:
-        """What one pass says of the two solutions, told to the point; ``None`` where numbers leave the range."""
-        if solution.residual is None:
-            return None
-        measured, rounding = self.problem.measure(point.x, solution.q, point.loss_grad)
-        usual = units(measured.gram.diagonal(dim1=1, dim2=2).sum(1).sqrt(), point.x) is None
-        numbers = measured.grad_norm + measured.residual_norm + measured.q_norm
-        if not usual or not bool(numbers.isfinite().all()):
-            return None
-        point.take(measured, rounding, solution.q)
-        return measured
 
     def _nearer(self, point: Point) -> Point:
         """Newton steps to where the local certificate is valid, if that is not far: without columns of J the others
@@ -211,7 +159,7 @@ class Refiner:
         residual_tol = solution.residual_norm
         if bool(m.valid.all()):
             left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
-            part = certificates.local(m)[0].total - _lower_part(m, at)
+            part = certificates.local(m)[0].total - (lower if point is at else _lower_part(m, at))
             tighter = (left / part.clamp(min=1e-300)).nan_to_num(nan=1.0).clamp(max=1.0)
             residual_tol = residual_tol * tighter.to(rhs.dtype)
         if point is not start:

@@ -30,8 +30,7 @@ class Hypergradient:
         before_polish: the estimate before the Newton correction and its bound ||h - h_N|| + B_N, nearly exact;
             ``None`` when no correction was made.
         verified_by: with certificate "polished", a still better estimate with its bound; ``bound`` is the distance to
-        it
-            plus that bound, which tells the error of ``grad`` from both sides. ``None`` where it could not be had.
+            it plus that bound, which tells the error of ``grad`` from both sides. ``None`` where it could not be had.
         terms: where the bound comes from: "lower", "linear", "remainder", "rounding"; they add up to ``bound``.
         loss: estimate of F (corrected value).
         loss_interval: certified F_lo <= F <= F_hi; (-inf, inf) if not certified.

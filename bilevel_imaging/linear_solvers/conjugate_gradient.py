@@ -165,8 +165,8 @@ class ConjugateGradient(IterativeSolver):
     the latter is computed when the former passes (one product), and the method restarts where it does not.
 
     Where mu is known, and a bound of lambda_min(P^-1 H) if there is a preconditioner P, the coefficients bound the
-    energy
-    norm of the error for free (Gauss-Radau quadrature; Golub & Meurant 1994, Meurant & Tichy 2013): ``energy_norm``.
+    energy norm of the error for free (Gauss-Radau quadrature; Golub & Meurant 1994, Meurant & Tichy 2013):
+    ``energy_norm``.
 
     Args:
         max_iter: default iteration limit per sample, restarts included.

@@ -16,6 +16,8 @@ _REASONS = ("running", "converged", "max_iter", "stagnated", "not finite")
 # Iterations without a fall of the gradient norm, near the rounding floor, until a solve counts as stagnated.
 _PATIENCE = 3
 _NEAR_FLOOR = 4.0
+# Part of an accuracy by which a coarse bound of rounding may tighten it.
+_TOLERATED = 0.1
 # A predicted decrease of fewer units of the last place of the energy can't be told from rounding.
 ENERGY_UNITS = 16.0
 
@@ -58,7 +60,7 @@ def within_rounding(problem: LowerLevelProblem, x: Tensor, error_tol: Tensor) ->
     if mu is None:
         return torch.full_like(error_tol, torch.inf), error_tol
     curvature = mu.to(error_tol).expand_as(error_tol).clone()
-    rounding = problem.gradient_rounding_beside(x, curvature * error_tol).to(error_tol) / curvature
+    rounding = problem.gradient_rounding_beside(x, curvature * error_tol, _TOLERATED).to(error_tol) / curvature
     return curvature, error_tol - torch.minimum(rounding, 0.5 * error_tol)
 
 
