@@ -8,6 +8,7 @@ from dataclasses import replace
 import deepinv
 import pytest
 import torch
+from cases import PHYSICS, build
 
 import bilevel_imaging as bi
 from bilevel_imaging import native
@@ -332,3 +333,20 @@ def test_one_pass_measures_what_float64_evaluates(shape, dtype):
     }.items():
         scale = float(expected.abs().max())
         torch.testing.assert_close(getattr(found, name), expected, rtol=0, atol=1e-13 * scale, msg=name)
+
+
+@pytest.mark.parametrize("physics", PHYSICS)
+@torch.no_grad()
+def test_compiled_systems_are_those_of_products(physics):
+    """A solve checks its residual with its own stencil: that must be the Hessian to the last digits, ridge included."""
+    case = build("tv_isotropic", physics, channels=1, size=(6, 7), weight=0.3)
+    at = case.problem.linearize(photograph(case.problem.shape, torch.float64, 3))
+    stencil, v = at.stencil(), photograph(case.problem.shape, torch.float64, 4) - 0.5
+    if stencil is None:
+        pytest.skip("no compiled form")
+    expected = at.hvp(v)
+    torch.testing.assert_close(stencil.product(v), expected, rtol=0, atol=1e-13 * float(expected.abs().max()))
+    states = native.SystemStates(*(norm(v),) * 2, norm(v).square(), None, None, *(torch.zeros(len(v)).long(),) * 3)
+    r = v.clone()
+    stencil.solve(torch.zeros_like(v), r, v.clone(), states, 3, v)  # nothing to do: the residual of 0 is v
+    assert torch.equal(r, v)

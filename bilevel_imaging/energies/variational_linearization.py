@@ -232,7 +232,7 @@ def _whole_stencil(problem: VariationalProblem, inside: Linearization | NewtonMo
     def count(products: int) -> None:
         problem.cost.forward_ops += data.applications * products
 
-    return stencil.plus(torch.tensor(problem.ridge)).convolved(convolution).counted(count)
+    return stencil.plus(torch.tensor(problem.ridge, dtype=torch.float64)).convolved(convolution).counted(count)
 
 
 class _VariationalModel(NewtonModel):
