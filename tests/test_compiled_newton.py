@@ -90,6 +90,25 @@ def test_deblurring(dtype, monkeypatch):
         assert work.forward_ops == expected.forward_ops
 
 
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("data_weight", [None, 2.0])
+def test_inpainting(dtype, data_weight, monkeypatch):
+    """A diagonal of its own at every pixel, some of them 0."""
+    y = measurements((3, 2, 20, 23), dtype)
+    mask = (torch.rand(y.shape[1:], generator=torch.Generator().manual_seed(1)) > 0.4).to(dtype)
+    weight = None if data_weight is None else NoiseWeight(data_weight)
+    energy = bi.VariationalEnergy(bi.TotalVariation(0.05, 0.01), ridge=1e-2, data_weight=weight)
+    problem = energy.bind(mask * y, deepinv.physics.Inpainting(y.shape[1:], mask=mask))
+    tol = 1e-2 if dtype == F32 else 1e-8
+    (fast, work), (slow, expected) = both_ways(problem, monkeypatch, None, tol)
+    assert fast.reason == slow.reason and fast.converged.all()
+    torch.testing.assert_close(fast.x, slow.x, rtol=0, atol=tol)
+    # systems this ill-conditioned let rounding errors grow
+    assert (fast.iterations - slow.iterations).abs().max() <= 1 and abs(work.hvps - expected.hvps) < 0.1 * work.hvps
+    exact = NewtonCG().solve(problem.double(), fast.x.double(), 1e-9).x
+    assert (norm(exact - fast.x) <= fast.distance_bound.double() + 1e-9).all()
+
+
 @pytest.mark.parametrize("weight, smoothing", [(10.0, 1e-3), (100.0, 1e-4), (1e-4, 1e-3), (1.0, 1.0)])
 def test_hard_problems(weight, smoothing, monkeypatch):
     """Steps that are cut back, and energies instead of slopes."""
@@ -150,9 +169,9 @@ def test_any_batch_and_any_threads():
 
 def test_where_there_is_none(monkeypatch):
     y = measurements((1, 1, 8, 8))
-    mask = deepinv.physics.Inpainting((1, 8, 8), mask=(y[0] > 0.2).to(F64))
+    mri = deepinv.physics.MRI(mask=(torch.rand(8, 8) > 0.5).to(F64), img_size=(2, 8, 8))
     energy = bi.VariationalEnergy(bi.TotalVariation(0.1, 0.01), ridge=1e-2)
-    assert energy.bind(y, mask).descent() is None  # its systems have a preconditioner
+    assert energy.bind(measurements((1, 2, 8, 8)), mri).descent() is None  # its systems have a preconditioner
     for other in (bi.TotalVariation(0.1, 0.01, isotropic=False), bi.Tikhonov(0.1)):
         assert bi.VariationalEnergy(other).bind(y, deepinv.physics.Denoising()).descent() is None
     monkeypatch.setattr(library, "_load", lambda: (None, "off"))

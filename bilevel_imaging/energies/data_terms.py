@@ -213,3 +213,6 @@ class MaskTerm(DataTerm):
 
     def diagonal(self) -> Tensor:
         return self.mask**2
+
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        return self.mask * self.y, 0.5 * squared_norm(self.y)

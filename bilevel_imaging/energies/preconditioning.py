@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel_imaging import native
 from bilevel_imaging.derivatives import Preconditioner
 from bilevel_imaging.energies.data_terms import DataTerm, FourierModel
 from bilevel_imaging.transforms import cosine_filter, fourier_filter, periodic_laplacian
@@ -23,8 +24,8 @@ def pays(data: DataTerm) -> bool:
     if diagonal is None:
         # compiled code makes ten products in the time of two transforms
         return data.fourier_model() is not None and data.convolution() is None
-    # denoising: half the iterations, but on a CPU a product is so cheap that the transforms cost as much
-    return diagonal.dim() > 0 or diagonal.device.type != "cpu"
+    # half of the iterations, which costs more on a CPU than the other half where compiled code makes them
+    return diagonal.device.type != "cpu" or (diagonal.dim() > 0 and not native.serves(diagonal))
 
 
 def scaled_convolution(coefficient: Tensor, data: DataTerm, ridge: float) -> Preconditioner | None:

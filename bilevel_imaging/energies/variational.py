@@ -259,10 +259,13 @@ class VariationalProblem(LowerLevelProblem):
             self.cost.hvps += products
             self.cost.forward_ops += data.applications * (gradients + products)
 
-        diagonal = data.diagonal()  # a number, or there is a convolution: else a preconditioner pays
-        constant = self.ridge if diagonal is None else float(diagonal) + self.ridge
+        diagonal, constant = data.diagonal(), self.ridge
         b, offset = parts[0].contiguous(), parts[1].double()
-        return self.regularizer.descent(Quadratic(b, constant, data.convolution(), offset, count))
+        if diagonal is not None and diagonal.dim() == 0:
+            diagonal, constant = None, float(diagonal) + self.ridge
+        elif diagonal is not None:
+            diagonal = (diagonal + self.ridge).expand_as(b).contiguous()
+        return self.regularizer.descent(Quadratic(b, constant, data.convolution(), offset, count, diagonal))
 
     def metric(self) -> Metric | None:
         """A^T W A + ridge I, where it is positive definite and diagonal in the pixel or the Fourier basis."""

@@ -187,11 +187,14 @@ class VariationalLinearization(Linearization):
         return self.inside.newton_memory(cold=cold)
 
     def preconditioner(self) -> Preconditioner | None:
-        """A convolution (see ``_convolution``), or the diagonal where that is the whole Hessian's."""
+        """A convolution (see ``_convolution``), or the diagonal where that is the whole Hessian's; none where compiled
+        code makes so many products in the same time that it takes fewer seconds without."""
         data, ridge = self.problem.data, self.problem.ridge
         convolution = _convolution(self.problem, self.inside)
         if convolution is not None:
             return convolution
+        if self.stencil() is not None:
+            return None
         diagonal = data.diagonal()
         if diagonal is not None and diagonal.dim() > 0 and hasattr(self.inside, "hessian_diagonal"):
             jacobi = diagonal + ridge + self.inside.hessian_diagonal()

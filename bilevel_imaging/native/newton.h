@@ -1,5 +1,5 @@
 /* Included by kernels.c for each type: Newton's method with truncated conjugate gradients, as in
-   lower_solvers/newton_cg.py, which says why, on 1/2 <x, S x> - <b, x> + smoothed total variation with S = d I + K.
+   lower_solvers/newton_cg.py, which says why, on 1/2 <x, S x> - <b, x> + smoothed total variation with S = diag(d) + K.
    A few passes per step, image by image. */
 
 #define LARGEST_FORCING 0.1
@@ -70,7 +70,11 @@ static void NAME(evaluate)(
         REAL *out = to->grad + at, *inverse = to->inverse + at;
         if (row % h == 0) memset(above, 0, w * sizeof(REAL));
         NAME(variation_row)(here, below, e->weight, e->smoothing, to->n0 + at, to->n1 + at, inverse, above, out, w);
-        for (int64_t j = 0; j < w; j++) linear[j] = s->constant * here[j] - b[j]; /* gradient of the data term */
+        const REAL *diagonal = s->diagonal ? s->diagonal + at : NULL; /* gradient of the data term: */
+        if (diagonal)
+            for (int64_t j = 0; j < w; j++) linear[j] = diagonal[j] * here[j] - b[j];
+        else
+            for (int64_t j = 0; j < w; j++) linear[j] = s->constant * here[j] - b[j];
         if (s->convolution.filters) NAME(row_convolution)(&s->convolution, to->x, row, h, w, linear, line);
         NAME(inverses)(inverse, lengths, w);
         double value = 0, roots = 0, square = 0, slope = 0; /* so that squares of tiny numbers do not underflow */
@@ -245,11 +249,11 @@ static void NAME(descend_one)(
 /* All images that run: x and `best` are `count` images, `dual` is as many pairs; `initial` is read for forcing terms, or
    NULL. */
 void NAME(descend)(
-    const REAL *b, REAL constant, const REAL *filters, int64_t terms, int64_t taps, REAL weight,
+    const REAL *b, const REAL *diagonal, REAL constant, const REAL *filters, int64_t terms, int64_t taps, REAL weight,
     REAL smoothing, REAL *x, REAL *best, REAL *dual, const REAL *initial, void *progress, int64_t begin, int64_t count,
     int64_t rows, int64_t height, int64_t width, int64_t max_iter, int64_t max_inner, int threads
 ) {
-    const NAME(Stencil) field = {NULL, NULL, NULL, NULL, constant, {filters, terms, taps}, rows, height, width};
+    const NAME(Stencil) field = {NULL, NULL, NULL, diagonal, constant, {filters, terms, taps}, rows, height, width};
     const int64_t n = rows * width, lines = NAME(spread)(5 * width + taps);
     const int team = count >= threads ? 1 : threads;
     const int outside = team == 1 ? threads : 1;

@@ -41,14 +41,15 @@ class DescentStates:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """1/2 <x, (constant I + K) x> - <b, x> + offset, a data term for compiled code.
+    """1/2 <x, (diag(d) + K) x> - <b, x> + offset, a data term for compiled code.
 
     Attributes:
         b: contiguous, ``(B, C, H, W)``, on the CPU.
-        constant: the multiple of the identity.
+        constant: d, if it is the same number everywhere.
         convolution: K, symmetric, or ``None``.
         offset: ``(B,)`` float64; the size of the energies tells their rounding.
         count: told how many gradients and how many Hessian products have been made.
+        diagonal: d, contiguous, like b, or ``None`` for ``constant``.
     """
 
     b: Tensor
@@ -56,6 +57,7 @@ class Quadratic:
     convolution: SeparableConvolution | None
     offset: Tensor
     count: Callable[[int, int], None]
+    diagonal: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Descent:
         batch, channels, height, width = x.shape
         function("descend", x.dtype)(
             pointer(data.b),
+            pointer(data.diagonal),
             *reals(x.dtype, data.constant),
             pointer(filters),
             *integers(terms, taps),
