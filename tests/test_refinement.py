@@ -208,3 +208,21 @@ def test_images_beyond_the_squares_of_float32_are_answered_in_words(regularizer)
     problem = bi.VariationalEnergy(regularizer()).bind(1.1 * x, deepinv.physics.Denoising())
     h = bi.hypergradient(problem, bi.SquaredError(), x, relative=0.1)
     assert h.bound > 0.1 * h.norm and h.reason
+
+
+def test_classical_certificates_of_many_parameters():
+    """In float32 where the rounding of their sums is beside the bound; without a bound, in float64 and in words."""
+    x_true = photographs(F32)
+    y = x_true + 0.1 * torch.randn(x_true.shape, generator=torch.Generator().manual_seed(0))
+    problem = bi.VariationalEnergy(bi.FieldsOfExperts(12, 5, start="dct")).bind(y, deepinv.physics.Denoising())
+
+    def plain_loss(x, truth):
+        return 0.5 * (x - truth).square().flatten(1).sum(1)
+
+    truth = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=1e-4)
+    h = bi.hypergradient(problem, bi.SquaredError(), x_true, error_tol=1.0, certificate="classical")
+    error = sum(float((g - truth.grad[name]).double().square().sum()) for name, g in h.grad.items()) ** 0.5
+    assert h.certified and error <= h.bound + truth.bound
+    unknown = bi.hypergradient(problem, plain_loss, x_true, error_tol=1.0, certificate="classical")
+    assert not unknown.certified and "smoothness" in unknown.reason
+    assert all(torch.allclose(g, h.grad[name], rtol=1e-3, atol=1e-3 * h.norm) for name, g in unknown.grad.items())

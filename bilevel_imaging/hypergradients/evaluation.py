@@ -129,17 +129,14 @@ def estimate(
     if point.value_reason:
         return partial
     local = None if point.plain else _local(point, q, product, residual, rounding, known, gradient)
-    many = local is not None and point.columns is None
     near = local is not None and bool((local.curvature * local.distance < SMALL).all())
-    if (
-        gradient
-        and local is not None
-        and ((thrifty and many and bool(local.valid.all())) or (enough is not None and near and not many))
-    ):
-        alone = replace(partial, hessian=torch.full_like(size, torch.inf), local=local)
-        alone = _certify_local(alone, q_norm)
-        if many or float(alone.bounds["local"].total.mean()) <= enough(alone.norm):
-            return replace(alone, loss_interval=_loss_interval(alone, alone.hessian))
+    if gradient and local is not None:
+        many = point.columns is None
+        if (thrifty and bool(local.valid.all())) if many else (enough is not None and near):
+            alone = replace(partial, hessian=torch.full_like(size, torch.inf), local=local)
+            alone = _certify_local(alone, q_norm)
+            if many or float(alone.bounds["local"].total.mean()) <= enough(alone.norm):
+                return replace(alone, loss_interval=_loss_interval(alone, alone.hessian))
     if gradient and point.reason:
         return partial
     if not gradient and near:
@@ -244,11 +241,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     local_components = None
     if e.local is not None:
         bounds["local"], local_components = certificates.local(e.local)
-    # J (made of what the gradient is made of) and its product with q are rounded too, and so is the estimate in the
-    # dtype of the parameters
-    stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
-    rounded = 8 * torch.finfo(e.q.dtype).eps * m.mixed_norm + COLUMN_UNITS * point.rounding
-    representation = rounded * q_norm + stored * e.norm + accumulation(point, e.q)
+    representation = _representation(e, m.mixed_norm, q_norm)
     bounds = {name: replace(b, remainder=b.remainder + representation).without_nan() for name, b in bounds.items()}
     components = None
     if along is not None and along.mixed_components is not None and point.column_norms is not None:
@@ -270,15 +263,21 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     )
 
 
+def _representation(e: Estimate, mixed_norm: Tensor, q_norm: Tensor) -> Tensor:
+    """Bound of what rounding does to the estimate, ``(B,)`` float64: J (made of what the gradient is made of) and its
+    product with q are rounded, and the estimate is in the dtype of the parameters."""
+    stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
+    rounded = 8 * torch.finfo(e.q.dtype).eps * mixed_norm + COLUMN_UNITS * e.point.rounding
+    return rounded * q_norm + stored * e.norm + accumulation(e.point, e.q)
+
+
 def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:
     """The local bound alone."""
     bound, components = certificates.local(e.local)
     # ||J|| <= ||J||_{H^-1} ||H||^(1/2)
     smoothness = e.point.constants.smoothness
     size = e.local.mixed_norms.norm(dim=1) * (smoothness.double().sqrt() if smoothness is not None else torch.inf)
-    stored = max(torch.finfo(g.dtype).eps for g in e.grad.values())
-    rounded = 8 * torch.finfo(e.q.dtype).eps * size + COLUMN_UNITS * e.point.rounding
-    representation = rounded * q_norm + stored * e.norm
+    representation = _representation(e, size, q_norm)
     bounds = {"local": replace(bound, remainder=bound.remainder + representation).without_nan()}
     if components is not None and e.point.columns is not None:
         components = (components + representation.unsqueeze(1)).nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -66,9 +66,7 @@ def classical(
     solution = replace(solution, iterations=solution.iterations + before)
     if point.x.dtype == torch.float64 or _rough_will_do(point, solution, few_parameters):
         found = estimate(point, solution.q, known=solution)
-        if not point.accumulated or bool(
-            (accumulation(point, found.q) <= PLAINLY * found.bounds["classical"].total).all()
-        ):
+        if not point.accumulated or _sums_will_do(found):
             return found, solution
     fine = exact()
     point = Point(fine, loss, lower.x.to(fine.dtype), at, True, failures=failures, plain=True)
@@ -106,3 +104,10 @@ def _rough_will_do(point: Point, solution: LinearSolution, few_parameters: bool)
         return False
     point.mixed_norm, point.accumulated = mixed_norm, point.x.numel()
     return True
+
+
+def _sums_will_do(found: Estimate) -> bool:
+    """Whether the bound does not notice the rounding of the sums behind J^T q; where there is none, nothing tells."""
+    if not found.bounds:
+        return False
+    return bool((accumulation(found.point, found.q) <= PLAINLY * found.bounds["classical"].total).all())

@@ -166,6 +166,7 @@ class Run:
             iterations=self._results["iterations"],
             converged=converged,
             reason=tuple(_reason(*row) for row in rows),
+            grad_rounding=rounding,
         )
 
 

@@ -77,7 +77,8 @@ void TAKING(tv_measure)(
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; i++) {
             const int64_t at = i * size;
-            TAKING(measure_one)(x + at, q + at, b + at, f + at, d, weight, smoothing, measured + NUMBERS * i, work, rows, height, width);
+            TAKING(measure_one)(
+                x + at, q + at, b + at, f + at, d, weight, smoothing, measured + NUMBERS * i, work, rows, height, width);
         }
         free(work);
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel_imaging.native.library import function, integers, pointer, threads
 
-_NUMBERS = 10  # doubles in the C struct
+_NUMBERS = 10  # of every sample, in the order of measure.h
 
 
 @dataclass(frozen=True)
