@@ -35,6 +35,10 @@ def _maid(error_tol: float, step: float) -> UpperLevelMethod:
     return _as_if_left(MAID(), error_tol=error_tol, step_size=step / 2)
 
 
+def _maid_secant(error_tol: float, step: float) -> UpperLevelMethod:
+    return _as_if_left(MAID(model="secant"), error_tol=error_tol, step_size=step / 2)
+
+
 def _paper_maid(error_tol: float, step: float) -> UpperLevelMethod:
     return PaperMAID(lr=step, error_tol=error_tol, residual_tol=error_tol)
 
@@ -70,9 +74,10 @@ METHODS: dict[str, tuple[Callable[[float, float], UpperLevelMethod], bool, tuple
     "noisy_line_search": (_noisy_line_search, False, (NoisyLineSearch, "_accepted", True)),
     "noisy_trust_region": (_noisy_trust_region, False, (NoisyTrustRegion, "_accepted", True)),
     "kunisch_pock": (_kunisch_pock, False, (KunischPock, "_accepted", True)),
+    "maid_secant": (_maid_secant, True, (MAID, "_compare", "accept")),
 }
 # weight and smoothing from which the longest moves, and Newton's, which are long where the loss is flat, raise it
-START = (0.06, 0.3)
+START = (0.2, 0.3)
 
 
 @functools.cache

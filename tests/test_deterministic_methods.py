@@ -499,6 +499,12 @@ def test_second_derivative_of_the_loss():
     parts, _ = moving.sensitivities(apart, 1e-10)
     again, _ = moving.second_derivative(parts, moving.gauss_newton(parts))
     assert len(parts) == 2 and torch.allclose(again, hessian, rtol=1e-7)
+    for one in (objective, apart):
+        one.hypergradient(**accuracy)  # at the last theta of the differences
+    (matrix, spent), (pieces, _) = objective.gauss_newton(1e-10), apart.gauss_newton(1e-10)
+    parts, cost = moving.sensitivities(objective, 1e-10)
+    assert torch.equal(matrix, moving.gauss_newton(parts)) and replace(spent, seconds=0.0) == cost
+    assert torch.allclose(pieces, plain, rtol=1e-7)
 
 
 def test_derivatives_of_the_minimizers_need_all_images():

@@ -84,6 +84,9 @@ def test_inner_products(size, dtype, monkeypatch):
     assert_alike(*both_ways(lambda: {"gram": gram(a), "products": products(a, b)}, monkeypatch), dtype)
     expected = torch.einsum("bnchw,bchw->bn", a.double(), b.double())
     torch.testing.assert_close(products(a, b), expected, rtol=0, atol=1e-10)
+    for v in a[:1].unbind(1):  # the first starts where the columns do
+        expected = (a[:1].double() * v.double().unsqueeze(1)).flatten(2).sum(2)
+        torch.testing.assert_close(products(a[:1], v.contiguous()), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(gram(a)[:, 1, 2], (a[:, 1] * a[:, 2].double()).flatten(1).sum(1), rtol=1e-10, atol=0)
 
 

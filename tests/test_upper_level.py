@@ -331,10 +331,12 @@ def test_best_parameters_from_any_start(weight, smoothing):
 
 def test_plateau_is_left(monkeypatch):
     # only weight / smoothing matters here: the loss is flat along (1, 1), and gradients say "stationary"
-    objective, stuck = make(patches(16, 2), 2.0, 2.0), make(patches(16, 2), 2.0, 2.0)
-    reports = train(objective, MAID(), 60)
+    objective, stuck, modeled = (make(patches(16, 2), 2.0, 2.0) for _ in range(3))
+    reports = train(objective, MAID(model="secant"), 60)
     monkeypatch.setattr(maid, "flat_moves", lambda *args, **kwargs: ([], Cost()))
-    without = train(stuck, MAID(), 60)
+    without = train(stuck, MAID(model="secant"), 60)
+    train(modeled, MAID(), 60)  # Gauss-Newton steps see that little bends there, and are long
+    assert float(modeled.theta["regularizer.log_smoothing"].detach().exp()) < 0.1
     assert reports[-1].stop and without[-1].stop
     assert float(objective.theta["regularizer.log_smoothing"].detach().exp()) < 0.1
     assert float(stuck.theta["regularizer.log_smoothing"].detach().exp()) > 1
@@ -349,15 +351,15 @@ def test_no_step_raises_the_loss(memory):
 
 
 def test_the_check_notices_a_broken_acceptance_test(monkeypatch):
-    # close to the minimum in the weight the first move, half a unit of a logarithm, is much too long
+    # close to the minimum in the weight the first move of a secant method, half a unit of a logarithm, is much too long
     settled = make(patches(8, 2), 0.09, 0.03)
     train(settled, MAID(), 6)
     start = (flatten(settled.theta) + torch.tensor([0.02, 0.0])).exp().tolist()
-    reports = check_every_step(spy(patches(8, 2), *start), MAID(), 1)
+    reports = check_every_step(spy(patches(8, 2), *start), MAID(model="secant"), 1)
     assert reports[0].accepted and reports[0].backtracks > 0
     monkeypatch.setattr(MAID, "_compare", staticmethod(lambda value, lower, upper: "accept"))
     with pytest.raises(AssertionError, match="the true loss went up"):
-        check_every_step(spy(patches(8, 2), *start), MAID(), 1)
+        check_every_step(spy(patches(8, 2), *start), MAID(model="secant"), 1)
 
 
 @pytest.mark.parametrize("memory", [10, 0])
@@ -453,6 +455,51 @@ class Known:
             linear=SimpleNamespace(residual_norm=torch.zeros(1)),
             cost=Cost(gradients=1),
         )
+
+
+class Bent(Known):
+    """Tells a Gauss-Newton matrix: F'' times a factor, or nothing."""
+
+    factor: float | None = 1.0
+
+    def gauss_newton(self, relative: float) -> tuple[torch.Tensor, Cost] | None:
+        return None if self.factor is None else (self.factor * torch.diag(self.diagonal), Cost(hvps=7))
+
+
+def test_gauss_newton_steps():
+    objective, method = Bent([0.5, 0.3], [1.0, 1e-3]), MAID()
+    report = method.step(objective)
+    assert report.accepted and report.step_size == 1 and report.cost.hvps >= 7
+    assert float(flatten(objective.theta).abs().max()) < 1e-9  # at once, where a secant method has no scale yet
+    for model, modeled in (("auto", False), ("gauss_newton", True), ("secant", False)):
+        assert (MAID(model=model).step(Bent([0.1] * 5, [1.0] * 5)).cost.hvps >= 7) == modeled
+
+
+def test_gauss_newton_steps_that_mislead_are_given_up():
+    objective, method = Bent([0.5, 1e-3], [1.0, 1.0], floor=1e-3), MAID()
+    wrong = torch.diag(torch.tensor([1e6, 1e-6], dtype=torch.float64))  # only the second entry seems worth a move
+    objective.gauss_newton = lambda relative: (wrong, Cost(hvps=7))
+    first = method.step(objective)
+    assert not first.accepted and not first.stop and method.misled
+    restored = MAID()
+    restored.load_state_dict(method.state_dict())
+    second = restored.step(objective)
+    assert second.accepted and second.cost.hvps < 7 and not restored.misled
+
+
+def test_gauss_newton_models_that_are_not_to_be_had():
+    with pytest.raises(ValueError, match="model as one of auto, gauss_newton, secant"):
+        MAID(model="newton")
+    with pytest.raises(ValueError, match="SampledObjective"):
+        MAID(model="gauss_newton").step(Known([0.5], [1.0]))
+    objective = Bent([0.5], [1.0])
+    objective.factor = None
+    with pytest.raises(ValueError, match="choose model='secant'"):
+        MAID(model="gauss_newton").step(objective)
+    assert MAID().step(objective).accepted
+    objective = Bent([0.5], [1.0])
+    objective.gauss_newton = lambda relative: (torch.full((1, 1), torch.nan, dtype=torch.float64), Cost())
+    assert MAID().step(objective).accepted
 
 
 def test_undecided_trials_are_tightened():

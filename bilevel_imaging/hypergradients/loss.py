@@ -13,9 +13,9 @@ from bilevel_imaging.tensors import all_finite
 class LossOracle:
     """Wraps a loss ``loss(x, x_true) -> (B,)`` with its ground truth.
 
-    ``loss.grad(x, x_true)``, ``loss.smoothness`` (Lipschitz constant of the gradient in x), ``loss.convex`` and
-    ``loss.nonnegative`` are used where the loss has them; otherwise the gradient comes from autograd and nothing is
-    certified.
+    ``loss.grad(x, x_true)``, ``loss.hvp(x, x_true, v)``, ``loss.smoothness`` (Lipschitz constant of the gradient in x),
+    ``loss.convex`` and ``loss.nonnegative`` are used where the loss has them; otherwise derivatives come from autograd
+    and nothing is certified.
 
     Raises:
         ValueError: if the ground truth does not fit the problem, or the loss does not return one value per sample.
@@ -56,6 +56,17 @@ class LossOracle:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             return torch.autograd.grad(self.loss(leaf, x_true).sum(), leaf)[0]
+
+    def hvp(self, x: Tensor, v: Tensor) -> Tensor:
+        """f_i''(x_i) v_i for v ``(B, *image)``."""
+        x_true = self._truth(x)
+        if hasattr(self.loss, "hvp"):
+            with torch.no_grad():
+                return self.loss.hvp(x, x_true, v)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            slope = torch.autograd.grad(self.loss(leaf, x_true).sum(), leaf, create_graph=True)[0]
+            return torch.autograd.grad(slope, leaf, v)[0] if slope.requires_grad else torch.zeros_like(v)
 
     def _truth(self, x: Tensor) -> Tensor:
         """The ground truth in the dtype of x."""

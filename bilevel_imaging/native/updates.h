@@ -86,7 +86,7 @@ void NAME(products)(
         for (int64_t j = 0; j < n; j++)
             for (int64_t k = 0; k < m; k++) /* products of an image's columns with themselves are symmetric */
                 own[(j * m + k) * blocks] =
-                    a == b && k < j
+                    a == b && n == m && k < j
                         ? own[(k * m + j) * blocks]
                         : NAME(dot)(a + (sample * n + j) * size + start, b + (sample * m + k) * size + start, part);
     }

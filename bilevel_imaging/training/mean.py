@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_imaging.cost import Cost
 from bilevel_imaging.data import Batch
 from bilevel_imaging.derivatives import Constants
 from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
@@ -22,6 +24,7 @@ from bilevel_imaging.lower_solvers import GradientDescent, LowerSolver, NewtonCG
 from bilevel_imaging.training.distributed import ALONE, Processes
 from bilevel_imaging.training.warm_starts import NoWarmStarts, WarmStarts
 from bilevel_imaging.upper_level import Samples, SamplingPenalty, SquaredError
+from bilevel_imaging.upper_level.sensitivities import Sensitivity, derivative, loss_curvature
 
 # images solved together at most, so that memory does not grow with the data set
 DEFAULT_BATCH = 64
@@ -192,6 +195,24 @@ class MeanObjective(abc.ABC):
         if result.certified and result.bound <= relative * result.norm:
             return replace(result, reason="")  # what single batches fell short of does not matter
         return result
+
+    def gauss_newton(self, relative: float) -> tuple[Tensor, Cost] | None:
+        """See :class:`CurvedObjective`; all processes take part."""
+        if self.penalty is not None or isinstance(self.warm, NoWarmStarts):
+            return None
+        gathered = self.processes.gather(lambda: [self._curvature(chunk, relative) for chunk in self._all_chunks()])
+        matrices, total, images = [], Cost(), 0
+        for _, matrix, cost, size in sorted(itertools.chain.from_iterable(gathered), key=lambda entry: entry[0]):
+            matrices.append(matrix)
+            total, images = total + cost, images + size
+        return torch.stack(matrices).sum(0) / images, total
+
+    def _curvature(self, chunk: Chunk, relative: float) -> tuple[int, Tensor, Cost, int]:
+        """Number of a chunk, the sum over its images of W^T f'' W, the work and the number of images."""
+        start, before, samples = time.perf_counter(), chunk.problem.cost.copy(), self._samples(chunk)
+        matrix = loss_curvature(Sensitivity(samples, derivative(samples, relative)))
+        cost = chunk.problem.cost - before + Cost(seconds=time.perf_counter() - start)
+        return chunk.number, matrix, cost, len(chunk.indices)
 
     def draw(self, *, everything: bool = False) -> list[Samples]:
         """See :class:`SampledObjective`; takes the minibatches in the same order as ``hypergradient``."""

@@ -6,6 +6,7 @@ from functools import partial
 from bilevel_imaging.upper_level.accuracy_schedules import Decay, DecayingTolerances
 from bilevel_imaging.upper_level.base import (
     CertifiedValue,
+    CurvedObjective,
     Objective,
     SampledObjective,
     Samples,
@@ -71,6 +72,7 @@ ALL_IMAGES_METHODS = (
 
 __all__ = [
     "ALL_IMAGES_METHODS",
+    "CurvedObjective",
     "DFOLS",
     "FOLLOWING_METHODS",
     "HOAG",

@@ -56,6 +56,23 @@ class Objective(Protocol):
         ...
 
 
+@runtime_checkable
+class CurvedObjective(Objective, Protocol):
+    """An objective that also tells how much it bends, for methods that need no scale then.
+
+    ``bilevel_imaging.training.BilevelObjective`` implements it.
+    """
+
+    def gauss_newton(self, relative: float) -> tuple[Tensor, Cost] | None:
+        """Mean over the images of W^T f'' W with W = dx*/dtheta at the theta of the last hypergradient, and the work.
+
+        It is F'' without what comes from the curvature of the x*, in the order of theta, ``(n, n)`` float64 on the CPU.
+        One linear system per parameter and image is solved to ``relative``; ``None`` where that can't be done, or where
+        F has another term.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """Images drawn for one step, with the lower-level problems that a method steps through itself.

@@ -28,5 +28,9 @@ class SquaredError:
         """Gradient in x, ``(B, *image)``."""
         return x - x_true
 
+    def hvp(self, x: Tensor, x_true: Tensor, v: Tensor) -> Tensor:
+        """The second derivative in x times v, ``(B, *image)``."""
+        return v
+
 
 LOSSES: dict[str, type] = {"squared_error": SquaredError}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from bilevel_imaging.checks import whole
 from bilevel_imaging.cost import Cost
-from bilevel_imaging.upper_level.base import CertifiedValue, Objective, StepReport, UpperLevelMethod
+from bilevel_imaging.upper_level.base import CertifiedValue, CurvedObjective, Objective, StepReport, UpperLevelMethod
 from bilevel_imaging.upper_level.certified_steps import (
     MAX_STALLED,
     certified_stationary,
@@ -22,12 +24,14 @@ from bilevel_imaging.upper_level.certified_steps import (
     not_worth,
     report,
     require_all_images,
+    require_problems,
     value_with,
     within_certificate,
 )
 from bilevel_imaging.upper_level.plateaus import flat_moves
 from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, curvature_at_end, flatten
 from bilevel_imaging.upper_level.slope import Ahead, Slope
+from bilevel_imaging.upper_level.trust_region_models import trust_region_step
 
 # factor of the accuracy of a trial value that decides nothing, and how often it is applied
 TIGHTEN, MAX_TIGHTENINGS, MAX_TRIALS = 0.1, 8, 25
@@ -40,6 +44,9 @@ SHARPEST = 1e-3
 SUFFICIENT = 0.1
 # factor of steps that are too short to tell what they do
 LENGTHEN = 10.0
+MODELS = ("auto", "gauss_newton", "secant")
+# up to this many parameters, "auto" solves for dx*/dtheta; relative residuals of these linear systems
+FEW_PARAMETERS, SENSITIVITY = 4, 0.1
 # change of one parameter by the first step, and by any
 FIRST_MOVE, LARGEST_MOVE = 1.0, 2.0
 
@@ -60,10 +67,10 @@ class MAID(UpperLevelMethod):
     fails, here every trial is accepted (F_hi(new) <= F_lo(old) - c t <h, P h>), rejected for sure (F_lo(new) >
     F_hi(old) - t <h, P h> / 10: it can't be a good step), or undecided, and only undecided trials are tightened.
     After a step that took its first trial at once, the next trial is judged by the hypergradient there, which the step
-    after it begins with. Directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the
-    curvature at the ends of the steps, where that exceeds the certified errors. A loss is positive: no step is so long
-    that its slope promises more than all of it. Accuracies and the first step come from the problem: nothing needs
-    tuning.
+    after it begins with. With few parameters steps are Gauss-Newton steps, from derivatives of the minimizers; else
+    directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the curvature at the ends of
+    the steps, where that exceeds the certified errors. A loss is positive: no step is so long that its slope promises
+    more than all of it. Accuracies and the first step come from the problem: nothing needs tuning.
 
     Args:
         relative: hypergradients are refined until bound <= relative * ||h|| (C = 1 - eta of the descent test), < 1;
@@ -71,6 +78,9 @@ class MAID(UpperLevelMethod):
         decrease: Armijo constant c, in (0, 1/2).
         tolerance: stop when the step predicted to be optimal lowers the loss by less than this fraction of it.
         memory: L-BFGS pairs; 0 for plain descent directions.
+        model: "gauss_newton" (a linear system per parameter and image in every step; needs an objective that tells its
+            :meth:`~bilevel_imaging.upper_level.CurvedObjective.gauss_newton`), "secant" (``memory``), or "auto": the
+            first for up to 4 parameters where the objective can, unless ``memory`` is 0.
         largest_move: largest change of one parameter in one step (parameters are logarithms or of order 1).
         stationarity_tol: stop when ||grad F|| is certified to be at most this, plateau or not; ``None`` for never.
 
@@ -85,6 +95,7 @@ class MAID(UpperLevelMethod):
         decrease: float = 1e-4,
         tolerance: float = 1e-6,
         memory: int = 40,
+        model: str = "auto",
         largest_move: float = LARGEST_MOVE,
         stationarity_tol: float | None = None,
     ):
@@ -97,14 +108,18 @@ class MAID(UpperLevelMethod):
             check_range(name, value, low, high)
         check_positive(stationarity_tol=stationarity_tol)
         memory = whole("memory", memory, 0)
+        if model not in MODELS:
+            raise ValueError(f"Expected model as one of {', '.join(MODELS)}. Got {model!r}.")
         self.relative, self.decrease, self.tolerance = relative, decrease, tolerance
         self.largest_move, self.stationarity_tol = largest_move, stationarity_tol
+        self.model = model
         self.inverse = InverseHessian(memory) if memory else None
         self.growth = 1.0  # length of the next step in units of the quasi-Newton step; inf for the longest allowed
         self.step_size = 0.0  # length t of the last accepted step along -P h; 0 before the first; for memory 0
         self.error_tol = 0.0  # accuracy of the last decisive value; 0 before the first
         self.sharpness = 1.0  # half-width of that value over ||grad f|| error_tol: corrected values are far better
         self.sure = False  # whether the last line search took its first trial at once
+        self.misled = False  # whether no step along the last Gauss-Newton direction was accepted
         self.ahead: Ahead | None = None  # the hypergradient where the last step ended, if it came with that
         self.previous: dict[str, Any] | None = None
 
@@ -122,15 +137,19 @@ class MAID(UpperLevelMethod):
             return self._report(h, h, 0.0, 0, 0, 0.0, h.cost, stop)
         theta, flat = flatten(objective.theta), flatten(h.grad)
         self._learn_curvature(theta, flat, h)
-        direction = self._direction(flat)
+        h, matrix = self._curvature(objective, h)
+        direction = self._direction(flat, matrix)
         slope = float(flat @ direction)
         noise = half_width(value_with(h))
         self.previous = {"theta": theta, "grad": flat, "bound": h.bound, "loss": h.loss, "noise": noise}
-        stop = self._finished(h, slope)
+        scaled = matrix is not None or (self.inverse is not None and bool(self.inverse.pairs))
+        stop = self._finished(h, slope, scaled)
         if stop:
             return self._look_around(objective, h, theta, stop)
-        first = self._first_step(h, direction, slope)
-        return self._search(objective, h, theta, direction, slope, first)
+        first = self._first_step(h, direction, slope, matrix)
+        # the first Gauss-Newton step is as likely to be good as one that follows a good one
+        sure = scaled and (self.sure or (matrix is not None and not self.step_size))
+        return self._search(objective, h, theta, direction, slope, first, sure=sure, modeled=matrix is not None)
 
     def _slope(self, objective: Objective) -> Slope:
         return Slope.of(objective.hypergradient(relative=self.relative))
@@ -175,10 +194,31 @@ class MAID(UpperLevelMethod):
         else:  # too little curvature to be seen, so that the next step would be as short again, or none
             self.growth = LENGTHEN * self.growth if float(s @ z) > 0 else math.inf
 
-    def _direction(self, flat: Tensor) -> Tensor:
+    def _curvature(self, objective: Objective, h: Slope) -> tuple[Slope, Tensor | None]:
+        """The Gauss-Newton matrix where steps are made of that, and the hypergradient with its work."""
+        wanted = self.model == "gauss_newton"
+        if self.model == "auto" and self.inverse is not None:
+            wanted = h.parameters <= FEW_PARAMETERS and isinstance(objective, CurvedObjective)
+        if not wanted or self.misled or h.norm == 0:
+            return h, None
+        found = cast(CurvedObjective, require_problems(objective, "gauss_newton")).gauss_newton(SENSITIVITY)
+        if found is None:
+            if self.model == "gauss_newton":
+                raise ValueError(
+                    "Expected an objective without a penalty, and with warm starts, for Gauss-Newton steps. Got one "
+                    "that can't tell its Gauss-Newton matrix; choose model='secant'."
+                )
+            return h, None
+        matrix, spent = found
+        return replace(h, cost=h.cost + spent), matrix if bool(matrix.isfinite().all()) else None
+
+    def _direction(self, flat: Tensor, matrix: Tensor | None) -> Tensor:
+        if self.inverse is not None:
+            self.inverse.observe(flat)
+        if matrix is not None:
+            return -trust_region_step(partial(torch.mv, matrix), flat, self.largest_move)[0]
         if self.inverse is None:
             return flat
-        self.inverse.observe(flat)
         direction = self.inverse.apply(flat)
         # a positive definite P can still be so ill-conditioned that the direction is hardly a descent direction
         if float(flat @ direction) < 1e-4 * float(flat.norm() * direction.norm()):
@@ -186,9 +226,11 @@ class MAID(UpperLevelMethod):
             return self.inverse.apply(flat)
         return direction
 
-    def _first_step(self, h: Slope, direction: Tensor, slope: float) -> float:
+    def _first_step(self, h: Slope, direction: Tensor, slope: float, matrix: Tensor | None) -> float:
         largest = float(direction.abs().max())
-        if self.inverse is None:
+        if matrix is not None:
+            wanted = 1.0
+        elif self.inverse is None:
             wanted = 2 * self.step_size or FIRST_MOVE / largest
         elif self.inverse.pairs:
             wanted = self.growth
@@ -198,22 +240,24 @@ class MAID(UpperLevelMethod):
             wanted = min(wanted, h.loss / slope)
         return min(wanted, self.largest_move / largest)
 
-    def _finished(self, h: Slope, slope: float) -> str:
-        known = h.norm > 0 and self.inverse is not None and self.inverse.pairs
+    def _finished(self, h: Slope, slope: float, scaled: bool) -> str:
+        known = h.norm > 0 and scaled
         return (not_worth(0.5 * slope, self.tolerance, h.loss) if known else "") or within_certificate(h)
 
-    def _search(self, objective, h: Slope, theta, direction, slope, t: float) -> StepReport:
-        """Backtrack along -P h until a trial is certified to decrease the loss."""
+    def _search(
+        self, objective, h: Slope, theta, direction, slope, t: float, *, sure: bool, modeled: bool
+    ) -> StepReport:
+        """Backtrack along -P h until a trial is certified to decrease the loss. ``sure``: expect that of the first;
+        ``modeled``: -P h is a Gauss-Newton step."""
         cost, refinements = h.cost, 0
-        shortened = False
-        ahead, self.sure = self.sure, False
+        shortened = self.sure = False
         long_enough = FIRST_MOVE / float(direction.abs().max())
         for backtracks in range(MAX_TRIALS):
             assign(objective.theta, theta - t * direction)
-            trial = self._try(objective, h, self.decrease * t * slope, t * slope, ahead=ahead and backtracks == 0)
+            trial = self._try(objective, h, self.decrease * t * slope, t * slope, ahead=sure and backtracks == 0)
             value, cost, refinements = trial.value, cost + trial.value.cost, refinements + trial.refinements
             if trial.verdict == "accept":
-                self.step_size, self.sure = t, backtracks == refinements == 0
+                self.step_size, self.sure, self.misled = t, backtracks == refinements == 0, False
                 moved = t * float(direction.norm())
                 return self._report(h, value, t, refinements, backtracks, moved, cost, "")
             if trial.verdict == "undecided":
@@ -226,8 +270,10 @@ class MAID(UpperLevelMethod):
             t *= self._shrink(h.loss, value.value, t * slope)
         assign(objective.theta, theta)
         stop = "no decrease of the loss can be certified any more along the negative hypergradient"
-        if self.inverse is not None and self.inverse.pairs:
-            self.inverse.reset()  # perhaps the curvature was wrong: the next step goes without
+        self.misled = modeled
+        if modeled or (self.inverse is not None and self.inverse.pairs):
+            if self.inverse is not None:
+                self.inverse.reset()  # perhaps the curvature was wrong: the next step goes without
             self.step_size, self.growth, stop = 0.0, 1.0, ""
         return self._report(h, h, 0.0, refinements, backtracks, 0.0, cost, stop)
 
@@ -241,7 +287,7 @@ class MAID(UpperLevelMethod):
         certified = h.certified and upper < math.inf
         wanted = max(needed, SUFFICIENT * promised) if promised < math.inf else needed
         total = Cost()
-        if ahead and certified and self.inverse is not None and self.inverse.pairs:
+        if ahead and certified:
             there = self._slope(objective)
             value, total = value_with(there), there.cost
             verdict = self._compare(value, lower - needed, upper - wanted)
@@ -306,6 +352,7 @@ class MAID(UpperLevelMethod):
             "error_tol": self.error_tol,
             "sharpness": self.sharpness,
             "sure": self.sure,
+            "misled": self.misled,
             "ahead": None if self.ahead is None else self.ahead.state_dict(),
             "previous": self.previous,
             "inverse": None if self.inverse is None else self.inverse.state_dict(),
@@ -313,12 +360,13 @@ class MAID(UpperLevelMethod):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        check_state(state, set(self.state_dict()) - {"sure", "ahead"}, "MAID")  # which older states have not
+        check_state(state, set(self.state_dict()) - {"sure", "misled", "ahead"}, "MAID")  # which older states have not
         if (state["inverse"] is None) != (self.inverse is None):
             raise ValueError("Expected a state of the same kind of directions (memory 0 or more). Got the other.")
         for name in ("growth", "step_size", "error_tol", "sharpness"):
             setattr(self, name, float(state[name]))
-        self.sure, ahead = bool(state.get("sure", False)), state.get("ahead")
+        self.sure, self.misled = (bool(state.get(name, False)) for name in ("sure", "misled"))
+        ahead = state.get("ahead")
         self.ahead = None if ahead is None else Ahead.from_state(ahead)
         self.previous = None if state["previous"] is None else dict(state["previous"])
         if self.inverse is not None:

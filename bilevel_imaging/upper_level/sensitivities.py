@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,8 @@ from bilevel_imaging.cost import Cost
 from bilevel_imaging.derivatives import Linearization
 from bilevel_imaging.energies.problem import LowerLevelProblem
 from bilevel_imaging.hypergradients.mixed_operators import mixed_operators
-from bilevel_imaging.linear_solvers import BlockConjugateGradient
-from bilevel_imaging.tensors import norm
+from bilevel_imaging.linear_solvers import BlockConjugateGradient, ConjugateGradient
+from bilevel_imaging.tensors import norm, products
 from bilevel_imaging.upper_level.base import Objective, SampledObjective, Samples
 
 # one linear system per parameter and image: more than this many are not solved
@@ -59,18 +60,28 @@ def sensitivities(
         raise ValueError("Expected all images in one process for dx*/dtheta. Got several; run without torchrun.")
     found, total = [], Cost()
     for number, samples in enumerate(objective.draw(everything=True)):
-        assert samples.x is not None, "no hypergradient was computed yet"
         spent = samples.problem.cost.copy()
-        linearization = samples.problem.linearize(samples.x)
-        rhs = -_mixed_columns(samples.problem, linearization, samples.x)
-        tolerance = relative * norm(rhs.flatten(0, 1)).reshape(rhs.shape[:2])
-        start = before[number] if number < len(before) else torch.zeros_like(rhs)
-        if bool(start.any()):
-            rhs = rhs - torch.stack([linearization.hvp(column.contiguous()) for column in start.unbind(1)], 1)
-        correction = BlockConjugateGradient().solve(linearization, rhs, tolerance).q
-        found.append(Sensitivity(samples, start + correction))
+        start = before[number] if number < len(before) else None
+        found.append(Sensitivity(samples, derivative(samples, relative, start)))
         total = total + (samples.problem.cost - spent)
     return found, total
+
+
+@torch.no_grad()
+def derivative(samples: Samples, relative: float, start: Tensor | None = None) -> Tensor:
+    """dx*/dtheta at the points of the samples, ``(B, n, *image)``: see :func:`sensitivities`."""
+    assert samples.x is not None, "no hypergradient was computed yet"
+    linearization = samples.problem.linearize(samples.x)
+    rhs = -_mixed_columns(samples.problem, linearization, samples.x)
+    tolerance = relative * norm(rhs.flatten(0, 1)).reshape(rhs.shape[:2])
+    if linearization.stencil() is not None:  # whole runs in compiled code cost less than products shared
+        solver, starts = ConjugateGradient(), itertools.repeat(None) if start is None else start.unbind(1)
+        systems = zip(rhs.unbind(1), tolerance.unbind(1), starts, strict=False)
+        return torch.stack([solver.begin(linearization, b.contiguous(), tol, q0=q0).q for b, tol, q0 in systems], 1)
+    if start is None or not bool(start.any()):
+        return BlockConjugateGradient().solve(linearization, rhs, tolerance).q
+    rhs = rhs - torch.stack([linearization.hvp(column.contiguous()) for column in start.unbind(1)], 1)
+    return start + BlockConjugateGradient().solve(linearization, rhs, tolerance).q
 
 
 def gauss_newton(parts: Sequence[Sensitivity]) -> Tensor:
@@ -78,7 +89,15 @@ def gauss_newton(parts: Sequence[Sensitivity]) -> Tensor:
 
     It is F'' without what comes from the curvature of the x*, and positive semidefinite where f is convex.
     """
-    return torch.stack([_inner(part.derivative, _loss_products(part)) for part in parts]).sum(0) / _count(parts)
+    return torch.stack([loss_curvature(part) for part in parts]).sum(0) / _count(parts)
+
+
+@torch.no_grad()
+def loss_curvature(part: Sensitivity) -> Tensor:
+    """The sum over these images of W^T f'' W, ``(n, n)`` float64 on the CPU."""
+    loss, x, w = part.samples.loss, part.samples.x, part.derivative
+    assert x is not None
+    return torch.stack([products(w, loss.hvp(x, v.contiguous())).sum(0) for v in w.unbind(1)], 1).cpu()
 
 
 def second_derivative(parts: Sequence[Sensitivity], first: Tensor) -> tuple[Tensor, Cost]:
@@ -115,18 +134,6 @@ def _mixed_columns(problem: LowerLevelProblem, linearization: Linearization, x: 
     return torch.stack(result).reshape(x.shape[0], len(units), *x.shape[1:])
 
 
-def _loss_products(part: Sensitivity) -> Tensor:
-    """f'' w_j for all columns, ``(B, n, *image)``."""
-    loss, x = part.samples.loss, part.samples.x
-    assert x is not None
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        value = loss.loss(leaf, loss.x_true.to(x.dtype)).sum()
-        slope = torch.autograd.grad(value, leaf, create_graph=True)[0]
-        columns = part.derivative.unbind(1)
-        return torch.stack([torch.autograd.grad(slope, leaf, w, retain_graph=True)[0] for w in columns], 1)
-
-
 def _along_the_path(part: Sensitivity) -> Tensor:
     """The sum over the images of D^2 <p, G> in the directions (w_i, e_i) and (w_j, e_j), ``(n, n)``."""
     samples, w = part.samples, part.derivative
@@ -144,10 +151,10 @@ def _along_the_path(part: Sensitivity) -> Tensor:
                 return torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64)
             second = torch.autograd.grad(slope, [leaf, *theta], retain_graph=True, materialize_grads=True)
             rows.append(_inner(w, second[0].unsqueeze(1))[:, 0] + _flat(second[1:]).cpu())
-    size, products = x.shape[0], x.shape[0] * (w.shape[1] + 1)
+    size = x.shape[0]
     problem.cost.gradients += size
-    problem.cost.hvps += products
-    problem.cost.mixed_products += products
+    problem.cost.hvps += size * (w.shape[1] + 1)
+    problem.cost.mixed_products += size * (w.shape[1] + 1)
     return torch.stack(rows)
 
 

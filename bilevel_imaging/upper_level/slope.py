@@ -36,6 +36,11 @@ class Slope:
         return cls(**{f.name: getattr(h, f.name) for f in fields(cls)})
 
     @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(g.numel() for g in self.grad.values())
+
+    @property
     def norm(self) -> float:
         """||grad||_2 over all parameters."""
         return length(entries(self.grad))
