@@ -123,10 +123,14 @@ class LowerLevelProblem(abc.ABC):
         """Whether there is a ``measure``."""
         return False
 
-    def measure(self, x: Tensor, q: Tensor, loss_grad: Tensor) -> tuple[Measured, Tensor]:
+    def measure(
+        self, x: Tensor, q: Tensor, loss_grad: Tensor, *, residual: Tensor | None = None, local: bool = False
+    ) -> tuple[Measured, Tensor]:
         """What the classical certificate asks of x and the adjoint q, all ``(B, *image)`` in the dtype of the data,
         evaluated in float64 in one pass, and a bound of the rounding of the gradient, ``(B,)`` float64. Counts as a
-        gradient, a product and the columns of J."""
+        gradient, a product and the columns of J. ``local``: also what the certificate in the norm of the Hessian asks,
+        and how far the residual is from the given one; ``energies.columns`` are then the best bounds of
+        ||J_j||_{H^-1} that are known without solving anything."""
         raise NotImplementedError
 
     def metric(self) -> Metric | None:

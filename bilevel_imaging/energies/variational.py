@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import deepinv
 import torch
 from torch import Tensor, nn
@@ -239,15 +241,29 @@ class VariationalProblem(LowerLevelProblem):
     def measures(self) -> bool:
         return isinstance(self.data, IdentityTerm) and self.regularizer.measures and native.serves(self.data.y)
 
-    def measure(self, x: Tensor, q: Tensor, loss_grad: Tensor) -> tuple[Measured, Tensor]:
+    def measure(
+        self, x: Tensor, q: Tensor, loss_grad: Tensor, *, residual: Tensor | None = None, local: bool = False
+    ) -> tuple[Measured, Tensor]:
         assert isinstance(self.data, IdentityTerm)
-        data = self.data
-        found = self.regularizer.measure(x, q, data.y, loss_grad, 1 + self.ridge)
+        data, mu = self.data, self.constants().strong_convexity
+        # the same for all images: A is the identity
+        options = {"strong_convexity": float(mu.amin()), "residual": residual} if local else {}
+        found = self.regularizer.measure(x, q, data.y, loss_grad, 1 + self.ridge, **options)
         self.cost.gradients += len(x)
         self.cost.hvps += int((found.q_norm > 0).sum())  # a product with 0 is none
         self.cost.mixed_products += len(x) * found.products.shape[1]
         size = found.x_norm * (1 + self.ridge) + data.size_bound + self.regularizer.coarse_gradient_scale(x)
-        return found, 4 * torch.finfo(torch.float64).eps * size
+        return self._with_best_columns(found), 4 * torch.finfo(torch.float64).eps * size
+
+    def _with_best_columns(self, found: Measured) -> Measured:
+        """See :meth:`VariationalLinearization.mixed_energy_norms`."""
+        if found.energies is None:
+            return found
+        own, mu = found.energies, self.constants().strong_convexity.double()
+        misfit = torch.hypot(own.misfit, self.ridge**0.5 * found.x_norm) + found.grad_norm / mu.sqrt()
+        columns = torch.minimum(own.columns, own.split)
+        columns[:, 0] = torch.minimum(columns[:, 0], misfit)
+        return replace(found, energies=replace(own, columns=columns * (1 + 1e-9)))
 
     def descent(self) -> Descent | None:
         data, parts = self.data, self.data.expanded()

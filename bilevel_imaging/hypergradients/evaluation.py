@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel_imaging import certificates
 from bilevel_imaging.certificates import Bound, LocalMeasurements, Measurements
 from bilevel_imaging.derivatives import Directional
-from bilevel_imaging.hypergradients.point import Point
+from bilevel_imaging.hypergradients.point import Point, lowest_multiple
 from bilevel_imaging.hypergradients.rounding import SOLVER_UNITS, accumulation, measured_rounding, residual_rounding
 from bilevel_imaging.linear_solvers import LinearSolution
 from bilevel_imaging.native import Measured
@@ -21,6 +21,8 @@ from bilevel_imaging.tensors import entries, inner, length, norm, products
 ENERGY_SLACK = 1e-2
 # curvature times distance below which intervals in the norm of the Hessian are not worse than Euclidean ones
 SMALL = 0.1
+# the same for a certificate alone, where the intervals only should not be much worse
+MODERATE = 1.0
 # part of a residual that a solver measured in its own dtype below which rounding does not count
 UNNOTICED = 1e-2
 # rounding of J beside that of the gradient
@@ -36,8 +38,9 @@ class Estimate:
     Attributes:
         point: where.
         q: adjoint, ``(B, *image)``.
-        residual: grad f - H q, ``(B, *image)``.
+        residual: grad f - H q, ``(B, *image)``; ``None`` where one pass has measured it.
         residual_norm: its norm with rounding, ``(B,)`` float64.
+        residual_rounding: bound of the rounding alone, likewise.
         grad: estimate by name.
         bounds: every certificate by name; empty if not certified.
         component_bounds: ``(B, n)`` or ``None``.
@@ -50,8 +53,9 @@ class Estimate:
 
     point: Point
     q: Tensor
-    residual: Tensor
+    residual: Tensor | None
     residual_norm: Tensor
+    residual_rounding: Tensor
     grad: dict[str, Tensor]
     bounds: dict[str, Bound]
     component_bounds: Tensor | None
@@ -101,23 +105,25 @@ def estimate(
     With ``gradient=False`` only the loss interval is evaluated (``grad`` and ``bounds`` stay empty). ``known`` is the
     linear solve that ended with this residual; a bound of its energy norm is used if there is one. ``thrifty``: with
     parameters too many for columns of J, Euclidean bounds cost several products and are worse than the local one: they
-    are left out where that holds; and where the local one is below what ``enough`` makes of the norm of the estimate.
+    are left out where that holds; and where the local one is below what ``enough`` makes of the norm of the estimate,
+    or none of them can be.
     ``measured``: what else would be evaluated at a plain point, which has taken its part of that.
     """
+    measured = measured or point.measured(q, None if known is None else known.residual)
     q_norm = point.norm(q)
     if measured is None:
         residual, product, rounding = _residual(point, q, q_norm, known)
         size, value = point.norm(residual), inner(q, point.gradient).double()
-        grad = adjoint_gradient(point, q) if gradient else {}
     else:
-        residual, product, size, value = known.residual, None, measured.residual_norm, measured.q_dot_grad
-        grad, rounding = _by_name(measured.products, point.problem.theta), measured_rounding(point, measured)
+        residual, product, size, value = None, None, measured.residual_norm, measured.q_dot_grad
+        rounding = measured_rounding(point, measured)
     partial = Estimate(
         point=point,
         q=q,
         residual=residual,
         residual_norm=size + rounding,
-        grad=grad,
+        residual_rounding=rounding,
+        grad=adjoint_gradient(point, q, measured) if gradient else {},
         bounds={},
         component_bounds=None,
         rounding_share=torch.zeros_like(size),
@@ -128,24 +134,26 @@ def estimate(
     )
     if point.value_reason:
         return partial
-    local = None if point.plain else _local(point, q, product, residual, rounding, known, gradient)
-    near = local is not None and bool((local.curvature * local.distance < SMALL).all())
+    local = None if point.plain else _local(point, q, product, residual, rounding, known, gradient, measured)
+    kappa = None if local is None else local.curvature * local.distance
     if gradient and local is not None:
-        many = point.columns is None
-        if (thrifty and bool(local.valid.all())) if many else (enough is not None and near):
+        many = not point.has_columns
+        if (thrifty and bool(local.valid.all())) if many else (enough is not None and bool((kappa < MODERATE).all())):
             alone = replace(partial, hessian=torch.full_like(size, torch.inf), local=local)
             alone = _certify_local(alone, q_norm)
-            if many or float(alone.bounds["local"].total.mean()) <= enough(alone.norm):
+            bound, goal = alone.bounds["local"], None if many else enough(alone.norm)
+            # no Euclidean bound has a smaller part from the residual
+            if many or float(bound.total.mean()) <= goal or float(bound.linear.mean()) > goal:
                 return replace(alone, loss_interval=_loss_interval(alone, alone.hessian))
     if gradient and point.reason:
         return partial
-    if not gradient and near:
+    if not gradient and kappa is not None and bool((kappa < SMALL).all()):
         hessian, along = torch.full_like(size, torch.inf), None  # the local interval is the smaller one
     else:
         hessian, along = _along(point, q, q_norm)
     partial = replace(partial, hessian=hessian, local=local)
     partial = replace(partial, loss_interval=_loss_interval(partial, hessian))
-    return _certify(partial, q_norm, size, along) if gradient else partial
+    return _certify(partial, q_norm, along) if gradient else partial
 
 
 def _residual(
@@ -173,9 +181,12 @@ def _residual(
     return residual, product, unit * (size + point.loss_grad_norm)
 
 
-def adjoint_gradient(point: Point, q: Tensor) -> dict[str, Tensor]:
+def adjoint_gradient(point: Point, q: Tensor, measured: Measured | None = None) -> dict[str, Tensor]:
     """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
+    measured = measured or point.measured(q)
+    if measured is not None:
+        return _by_name(measured.products, theta)
     if point.columns is None:
         product = point.linearization.mixed_vjp(q)
         return {name: (-product[name] / len(q)).to(theta[name].dtype) for name in theta}
@@ -220,7 +231,7 @@ def _along(point: Point, q: Tensor, q_norm: Tensor) -> tuple[Tensor, Directional
     return along.hessian.double(), along
 
 
-def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional | None) -> Estimate:
+def _certify(e: Estimate, q_norm: Tensor, along: Directional | None) -> Estimate:
     point, constants, hessian = e.point, e.point.ball_constants, e.hessian
     mu = constants.strong_convexity.double()
     loss_smoothness = torch.full_like(mu, float(point.loss.smoothness))
@@ -237,7 +248,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
     if not point.plain:
         bounds["directional"] = certificates.directional(m, hessian, mixed)
     if not point.plain and point.metric is not None:
-        bounds["metric"] = _metric_bound(e, m, e.residual_norm - measured, mixed)
+        bounds["metric"] = _metric_bound(e, m, mixed)
     local_components = None
     if e.local is not None:
         bounds["local"], local_components = certificates.local(e.local)
@@ -250,7 +261,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
             for j, along_j in enumerate(along.mixed_components.double().unbind(1))
         ]
         components = torch.stack(each, 1) + representation.unsqueeze(1)
-    if local_components is not None and point.columns is not None:
+    if local_components is not None and point.has_columns:
         local_components = local_components + representation.unsqueeze(1)
         components = local_components if components is None else torch.minimum(components, local_components)
     if components is not None:
@@ -259,7 +270,7 @@ def _certify(e: Estimate, q_norm: Tensor, measured: Tensor, along: Directional |
         e,
         bounds=bounds,
         component_bounds=components,
-        rounding_share=_rounding_share(e, bounds, e.residual_norm - measured),
+        rounding_share=_rounding_share(e, bounds),
     )
 
 
@@ -279,39 +290,37 @@ def _certify_local(e: Estimate, q_norm: Tensor) -> Estimate:
     size = e.local.mixed_norms.norm(dim=1) * (smoothness.double().sqrt() if smoothness is not None else torch.inf)
     representation = _representation(e, size, q_norm)
     bounds = {"local": replace(bound, remainder=bound.remainder + representation).without_nan()}
-    if components is not None and e.point.columns is not None:
+    if components is not None and e.point.has_columns:
         components = (components + representation.unsqueeze(1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
     else:
         components = None
-    rounding_share = _rounding_share(e, bounds, e.residual_norm - e.point.norm(e.residual))
-    return replace(e, bounds=bounds, component_bounds=components, rounding_share=rounding_share)
+    return replace(e, bounds=bounds, component_bounds=components, rounding_share=_rounding_share(e, bounds))
 
 
 def _local(
     point: Point,
     q: Tensor,
-    product: Tensor,
-    residual: Tensor,
+    product: Tensor | None,
+    residual: Tensor | None,
     rounding: Tensor,
     known: LinearSolution | None,
     gradient: bool,
+    measured: Measured | None,
 ) -> LocalMeasurements | None:
     """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes. A value
-    has no use for the columns of J."""
+    has no use for the columns of J. ``product`` is H q."""
     mu = point.constants.strong_convexity.double()
     change = point.local_change(q, point.energy_distance)
     mixed = point.mixed_dual_norms if gradient else q.new_zeros(len(q), 0).double()
     if change is None or mixed is None:
         return None
-    dual = point.dual_norm(residual)
-    if known is not None and known.energy_norm is not None:
-        off = torch.zeros_like(dual)
-        if residual is not known.residual:
-            difference = residual - known.residual.to(residual.dtype)
-            off = norm(difference).double() / mu.sqrt()
-            if not bool((off <= NEGLIGIBLE * known.energy_norm).all()):
-                off = point.dual_norm(difference)
-        dual = torch.minimum(dual, known.energy_norm.double() * (1 + ENERGY_SLACK) + off)
+    if measured is None:
+        dual, energy = _dual_residual(point, residual, known), inner(q, product).double()
+    else:
+        own = measured.energies
+        dual, energy = measured.residual_norm / lowest_multiple(mu, point.metric).sqrt(), own.adjoint
+        if known is not None and known.energy_norm is not None:
+            dual = torch.minimum(dual, known.energy_norm.double() * (1 + ENERGY_SLACK) + own.drift / mu.sqrt())
     return LocalMeasurements(
         distance=point.energy_distance,
         curvature=point.relative_curvature,
@@ -320,32 +329,54 @@ def _local(
         slopes=change.slopes,
         hessian=change.hessian,
         adjoint_energy=change.energy,
-        adjoint_norm=inner(q, product).double().clamp(min=0).sqrt() * (1 + 1e-10) + rounding / mu.sqrt(),
+        adjoint_norm=energy.clamp(min=0).sqrt() * (1 + 1e-10) + rounding / mu.sqrt(),
         loss_smoothness=torch.full_like(mu, float(point.loss.smoothness)),
         strong_convexity=mu,
     )
 
 
+def _dual_residual(point: Point, residual: Tensor, known: LinearSolution | None) -> Tensor:
+    """Bound of ||R||_{H^-1}, ``(B,)`` float64."""
+    dual = point.dual_norm(residual)
+    if known is None or known.energy_norm is None:
+        return dual
+    off = torch.zeros_like(dual)
+    if residual is not known.residual:
+        difference = residual - known.residual.to(residual.dtype)
+        off = norm(difference).double() / point.constants.strong_convexity.double().sqrt()
+        if not bool((off <= NEGLIGIBLE * known.energy_norm).all()):
+            off = point.dual_norm(difference)
+    return torch.minimum(dual, known.energy_norm.double() * (1 + ENERGY_SLACK) + off)
+
+
 def forecast(point: Point, rhs: Tensor, solution: LinearSolution) -> LocalMeasurements | None:
     """What an evaluation would measure in the norm of the Hessian, before rounding: ``None`` where that is not known
     cheaply, from the columns of J and the residual of a solve of H q = ``rhs`` at the point or near it."""
-    if solution.residual is None or point.plain or point.value_reason or point.columns is None:
+    if solution.residual is None or point.plain:
         return None
-    product, none = rhs - solution.residual, torch.zeros_like(point.rounding)
-    return _local(point, solution.q, product, solution.residual, none, solution, gradient=True)
+    measured = point.measured(solution.q, solution.residual)
+    if point.value_reason or not point.has_columns:
+        return None
+    none = torch.zeros_like(point.rounding)
+    product = rhs - solution.residual if measured is None else None
+    return _local(point, solution.q, product, solution.residual, none, solution, True, measured)
 
 
-def _metric_bound(e: Estimate, m: Measurements, rounding: Tensor, mixed: Tensor) -> Bound:
+def _metric_bound(e: Estimate, m: Measurements, mixed: Tensor) -> Bound:
     point, lowest = e.point, e.point.metric.lowest
-    residual_norm = e.point.metric_norm(e.residual) + rounding / lowest.sqrt()
+    if e.residual is None:  # one pass measures where the metric is a multiple of the identity
+        residual_norm = e.residual_norm / lowest.sqrt()
+    else:
+        residual_norm = e.point.metric_norm(e.residual) + e.residual_rounding / lowest.sqrt()
     return certificates.metric(
         m, point.metric_grad_norm, residual_norm, point.metric_mixed_norm, lowest, e.hessian, mixed
     )
 
 
-def _rounding_share(e: Estimate, bounds: dict[str, Bound], rounding: Tensor) -> Tensor:
+def _rounding_share(e: Estimate, bounds: dict[str, Bound]) -> Tensor:
     """Fraction of the smallest bound that is due to rounding: of its lower part as of ||G||, of its linear as of R."""
-    point, root = e.point, e.point.constants.strong_convexity.double().sqrt()
+    point, rounding = e.point, e.residual_rounding
+    root = point.constants.strong_convexity.double().sqrt()
     plain = (point.rounding / point.grad_norm, rounding / e.residual_norm)
     dual = plain
     if e.local is not None:

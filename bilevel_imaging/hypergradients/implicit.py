@@ -26,6 +26,8 @@ MAX_CORRECTIONS = 10
 FIRST_ERROR, FIRST_RESIDUAL, FIRST_SPREAD = 1e-4, 0.7, 1 / 3
 # the same, at most, where the parameters are too many for columns of J
 FIRST_ERROR_MANY, FIRST_RESIDUAL_MANY = 3e-6, 1e-3
+# factors of both where one pass of compiled code measures everything: a few iterations cost less than a second look
+QUICK_ERROR, QUICK_RESIDUAL = 0.1, 0.05
 # the polished estimate is refined until it is certified to POLISHED_RELATIVE and its bound is at most
 # POLISHED_SHARE of the distance to the unpolished one, whose own bound is then within (1 + s) / (1 - s) of its error
 POLISHED_RELATIVE, POLISHED_SHARE = 1e-2, 0.2
@@ -168,7 +170,7 @@ def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[
     """
     if not first.bounds and first.point.reason:
         point = refiner.newton_step(first.point, 0.1)
-        residual_tol = 0.1 * norm(first.residual).double().clamp(max=float(point.loss_grad_norm.max()))
+        residual_tol = 0.1 * first.residual_norm.clamp(max=float(point.loss_grad_norm.max()))
         only = refiner.correct_adjoint(point, first, residual_tol)
         return only, only
     names = _available(first, names)
@@ -214,7 +216,10 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     elif (metric := problem.metric()) is not None:
         # most of G is not where M is smallest: x is much nearer than ||G|| / mu says
         size = size * (metric.highest / metric.lowest).pow(FIRST_SPREAD).to(size.dtype)
-    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True, aim=goal.aim)
+    aim: Callable[[float], float] | None = goal.aim
+    if refiner.quick and goal.relative is not None:
+        first_error, first_residual, aim = QUICK_ERROR * first_error, QUICK_RESIDUAL * first_residual, None
+    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True, aim=aim)
     if not current.bounds and current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     if not _available(current, names):

@@ -16,7 +16,7 @@ from bilevel_imaging.hypergradients.rounding import PLAINLY, accumulation, loss_
 from bilevel_imaging.linear_solvers import LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution
 from bilevel_imaging.native import Measured
-from bilevel_imaging.tensors import as_per_sample, units
+from bilevel_imaging.tensors import as_per_sample
 
 
 def classical(
@@ -85,9 +85,7 @@ def _measured(point: Point, solution: LinearSolution) -> Measured | None:
     if solution.residual is None:
         return None
     measured, rounding = point.problem.measure(point.x, solution.q, point.loss_grad)
-    usual = units(measured.gram.diagonal(dim1=1, dim2=2).sum(1).sqrt(), point.x) is None
-    numbers = measured.grad_norm + measured.residual_norm + measured.q_norm
-    if not usual or not bool(numbers.isfinite().all()):
+    if not point.in_range(measured):
         return None
     point.take(measured, rounding, solution.q)
     return measured

@@ -49,6 +49,8 @@ class Point:
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
     ``accumulated``: how many numbers are added up in the dtype of ``problem`` for an entry of J^T q, if that counts.
     ``plain``: no more than the classical certificate needs, which takes ||G|| / mu for the distance.
+    Where the problem ``measures`` and solvers have a linearization of their own, one pass says everything once an adjoint
+    is known, and no image is made for it.
     A randomized bound made here appends the probability that it fails to ``failures``.
     """
 
@@ -58,18 +60,19 @@ class Point:
         loss: LossOracle,
         x: Tensor,
         working: Linearization | None = None,
-        working_is_there: bool = False,
+        working_is_there: bool = True,
         gradient_energy: Tensor | None = None,
         failures: list[float] | None = None,
         plain: bool = False,
     ):
         self.problem, self.loss, self.x = problem, loss, x
-        self.linearization = problem.linearize(x)
-        self.working = self.linearization if working is None else working
-        self.working_is_there = working is None or working_is_there
+        self.measures = problem.measures and not plain and working is not None
+        if working is None:
+            working = self.linearization = problem.linearize(x)
+        self.working = working
+        self.working_is_there = working_is_there
         self.plain = plain
-        self.constants = self.linearization.constants
-        self.gradient = self.linearization.grad
+        self.constants = problem.constants() if self.measures else self.linearization.constants
         self.loss_value = loss.value(x).double()
         self.loss_grad = loss.grad(x)
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -78,13 +81,58 @@ class Point:
         self.accumulated = 0
         self.failures = [] if failures is None else failures
         self._direction: tuple[Tensor, Tensor, Tensor] | None = None
-        self._measured: tuple[Tensor, Tensor] | None = None
+        self._gram_of_columns: Tensor | None = None
+        self._in_metric: tuple[Tensor, Tensor] | None = None
+        self._measured: tuple[Tensor, Measured] | None = None
+
+    @cached_property
+    def linearization(self) -> Linearization:
+        """That of the problem at x."""
+        return self.problem.linearize(self.x)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """G."""
+        return self.linearization.grad
+
+    def measured(self, q: Tensor, residual: Tensor | None = None) -> Measured | None:
+        """Everything about the adjoint q, and the residual it was solved with, in one pass; ``None`` where there is
+        none, or numbers leave its range. The latest is remembered."""
+        if not self.measures:
+            return None
+        if self._measured is None or self._measured[0] is not q:
+            own = None if residual is None else residual.to(self.x.dtype)
+            found, rounding = self.problem.measure(self.x, q.to(self.x.dtype), self.loss_grad, residual=own, local=True)
+            if not self.in_range(found):
+                self.measures = False
+                return None
+            self.take(found, rounding, q)
+            self._measured = q, found
+        return self._measured[1]
+
+    def in_range(self, measured: Measured) -> bool:
+        """Whether squares of what was measured are far from the limits of numbers."""
+        usual = units(measured.gram.diagonal(dim1=1, dim2=2).sum(1).sqrt(), self.x) is None
+        return usual and bool((measured.grad_norm + measured.residual_norm + measured.q_norm).isfinite().all())
 
     def take(self, measured: Measured, rounding: Tensor, q: Tensor) -> None:
         """Let numbers that were measured here in one pass, and q's norm, stand for what would be evaluated."""
         self.measured_grad_norm, self.rounding = measured.grad_norm, rounding
-        self.mixed_norm = certificates.operator_norms.from_gram(measured.gram)
-        self._norms = [*self._norms, (q, measured.q_norm)]
+        self._norms = [*self._norms[-REMEMBERED + 1 :], (q, measured.q_norm)]
+        self._gram_of_columns = measured.gram
+        self.column_norms = measured.gram.diagonal(dim1=1, dim2=2).sqrt()
+        if measured.energies is not None:
+            own, lowest = measured.energies.columns, lowest_multiple(self._mu, self.metric)
+            self.mixed_dual_norms = torch.minimum(self.column_norms / lowest.sqrt().unsqueeze(1), own)
+
+    @cached_property
+    def _mu(self) -> Tensor:
+        return self.constants.strong_convexity.double()
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether parameters are so few that J has columns."""
+        return self.measures or self.columns is not None
 
     @cached_property
     def measured_grad_norm(self) -> Tensor:
@@ -116,7 +164,7 @@ class Point:
         constants = self.constants
         if constants.strong_convexity is None:
             return constants
-        ball = self.linearization.constants_on_ball(self.distance)
+        ball = None if self.measures else self.linearization.constants_on_ball(self.distance)
         return constants if ball is None else ball
 
     @property
@@ -172,6 +220,8 @@ class Point:
     @cached_property
     def mixed_norm(self) -> Tensor:
         """||J||, ``(B,)``: exact from its columns where they are few, else the a priori bound, else from products."""
+        if self._gram_of_columns is not None:
+            return certificates.operator_norms.from_gram(self._gram_of_columns)
         if self.columns is not None:
             return certificates.operator_norms.from_columns(self.columns)
         if (bound := self.linearization.mixed_norm_bound()) is not None:
@@ -190,23 +240,22 @@ class Point:
     @cached_property
     def metric_grad_norm(self) -> Tensor:
         """||G||_{M^-1} with rounding, ``(B,)`` float64."""
-        return self.metric_norm(self.gradient) + self.rounding / self.metric.lowest.sqrt()
+        return self._gradient_metric_norm + self.rounding / self.metric.lowest.sqrt()
 
     def metric_norm(self, v: Tensor) -> Tensor:
-        """||v||_{M^-1}, ``(B,)`` float64; that of the gradient and that of the latest v are remembered."""
-        if v is self.gradient:
-            return self._gradient_metric_norm
-        if self._measured is None or self._measured[0] is not v:
-            self._measured = v, self._metric_norm(v)
-        return self._measured[1]
-
-    def _metric_norm(self, v: Tensor) -> Tensor:
-        metric = self.metric
-        return self.norm(v) / metric.lowest.sqrt() if metric.multiple else metric.squared_norm(v).sqrt()
+        """||v||_{M^-1}, ``(B,)`` float64; that of the latest v is remembered."""
+        if self._in_metric is None or self._in_metric[0] is not v:
+            metric = self.metric
+            size = self.norm(v) / metric.lowest.sqrt() if metric.multiple else metric.squared_norm(v).sqrt()
+            self._in_metric = v, size
+        return self._in_metric[1]
 
     @cached_property
     def _gradient_metric_norm(self) -> Tensor:
-        return self._metric_norm(self.gradient)
+        metric = self.metric
+        if metric.multiple:
+            return self.measured_grad_norm / metric.lowest.sqrt()
+        return metric.squared_norm(self.gradient).sqrt()
 
     @cached_property
     def _gram(self) -> Tensor:
@@ -221,7 +270,7 @@ class Point:
     @cached_property
     def metric_mixed_norm(self) -> Tensor:
         """||M^{-1/2} J|| from the Gram matrix of the columns, ``(B,)`` float64; without columns from ||J||."""
-        if self.columns is None or self.metric.multiple:
+        if self.metric.multiple or self.columns is None:
             return self.mixed_norm / self.metric.lowest.sqrt()
         return torch.linalg.eigvalsh(self._gram)[:, -1].clamp(min=0).sqrt() * (1 + 1e-10)
 
@@ -230,25 +279,24 @@ class Point:
         """Certified bound of ||x - x*||, the smallest available, ``(B,)`` float64; inf if unknown."""
         if self.constants.strong_convexity is None:
             return torch.full_like(self.grad_norm, torch.inf)
-        bound = certificates.distance(self.grad_norm, self.constants.strong_convexity.double())
+        bound = certificates.distance(self.grad_norm, self._mu)
         if self.plain:
             return bound
         if self.metric is not None:  # asks for no column of J, which a value has no use for
             bound = torch.minimum(bound, self.metric_grad_norm / self.metric.lowest.sqrt())
-        return torch.minimum(bound, self.energy_distance / self.constants.strong_convexity.double().sqrt())
+        return torch.minimum(bound, self.energy_distance / self._mu.sqrt())
 
     def dual_norm(self, v: Tensor) -> Tensor:
         """Bound of ||v||_{H^-1} that needs no solve: the norm of the metric, or ||v|| / sqrt(mu), ``(B,)`` float64."""
-        mu = self.constants.strong_convexity.double()
-        return dual_norm(self.norm(v), mu, self.metric, lambda: self.metric_norm(v))
+        return dual_norm(self.norm(v), self._mu, self.metric, lambda: self.metric_norm(v))
 
     @cached_property
     def dual_grad_norm(self) -> Tensor:
         """||G||_{H^-1} with rounding, ``(B,)`` float64."""
-        size = self.dual_norm(self.gradient)
+        size = dual_norm(self.measured_grad_norm, self._mu, self.metric, lambda: self._gradient_metric_norm)
         if self.gradient_energy is not None:
             size = torch.minimum(size, self.gradient_energy)
-        return size + self.rounding / self.constants.strong_convexity.double().sqrt()
+        return size + self.rounding / self._mu.sqrt()
 
     @cached_property
     def relative_curvature(self) -> Tensor | None:
@@ -311,7 +359,7 @@ class Point:
         blocks, or ``None``, where there are no columns."""
         if self.columns is None:
             return self.linearization.mixed_block_norms(self.constants.strong_convexity)
-        mu, metric = self.constants.strong_convexity.double(), self.metric
+        mu, metric = self._mu, self.metric
         norms = self.column_norms / lowest_multiple(mu, metric).sqrt().unsqueeze(1)
         if metric is not None and not metric.multiple:
             norms = torch.minimum(norms, self._gram.diagonal(dim1=1, dim2=2).sqrt() * (1 + 1e-12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -40,6 +41,8 @@ NEAR, REACH = 0.2, 10.0
 MANY_PARAMETERS = 64
 # Newton steps before the first evaluation, at most
 MAX_FIRST_STEPS = 2
+# how often both solves are aimed before it, at most: again where the aim fell below this part of the one before
+MAX_AIMS, MISSED = 4, 0.7
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
 FLOAT32_RELATIVE = 1e-5
 
@@ -107,16 +110,22 @@ class Refiner:
             )
             return self._resumable(result, self.linear_solution)
         point = self.point(self.lower_solution.x)
-        if aim is not None and point.columns is None:
+        if aim is not None and not point.has_columns:
             point = self._nearer(point)
         rhs = point.loss_grad.to(self.problem.dtype)
         residual_tol = residual_tol * point.loss_grad_norm.to(rhs) if relative else residual_tol
-        solve = self.linear.solve if aim is None else self.linear.begin
+        # where it is measured anyway, nobody needs a residual checked
+        solve = self.linear.begin if aim is not None or (relative and self.quick) else self.linear.solve
         self.linear_solution = solve(point.working, rhs, residual_tol, q0=q0)
         if aim is not None:
             point = self._aimed(point, rhs, aim)
         result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
         return self._resumable(result, self.linear_solution)
+
+    @property
+    def quick(self) -> bool:
+        """Whether an evaluation is one pass of compiled code."""
+        return self.problem.measures and not self.plain and self.exact is not self.problem
 
     @property
     def many_parameters(self) -> bool:
@@ -137,15 +146,32 @@ class Refiner:
     def _aimed(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> Point:
         """Newton steps where the lower level would keep the bound above the aim, then the adjoint for what is left.
 
-        Both rest on the local certificate of the adjoint solved so far; without it, nothing is done.
+        Both rest on the local certificate of the adjoint solved so far; without it, nothing is done. Near a stationary
+        point a rough adjoint makes an estimate that is much too large, and so is the aim until a better one is known.
         """
-        start, solution = point, self.linear_solution
-        at, m = point, forecast(point, rhs, solution)
+        m = forecast(point, rhs, self._adjoint)
         if m is None or not (bool(m.valid.all()) or self._in_reach(point)):
             return point
-        goal = aim(length(entries(adjoint_gradient(point, solution.q))))
-        if goal == 0:
-            return point
+        before = math.inf
+        for _ in range(MAX_AIMS):
+            goal = aim(length(entries(adjoint_gradient(point, self._adjoint.q))))
+            if goal == 0 or goal > MISSED * before:
+                break
+            before, start, solution = goal, point, self._adjoint
+            point, m = self._toward(goal, point, m)
+            if point is start and self._adjoint is solution:
+                break
+        return point
+
+    @property
+    def _adjoint(self) -> LinearSolution:
+        assert self.linear_solution is not None
+        return self.linear_solution
+
+    def _toward(self, goal: float, point: Point, m: LocalMeasurements) -> tuple[Point, LocalMeasurements]:
+        """Both solves to a bound of ``goal``, of which at most the adjoint changes if that will do; ``m`` is known of
+        the point and the adjoint, and what is returned of those after."""
+        at, start, solution = point, point, self._adjoint
         lower = _lower_part(m, point)
         for _ in range(MAX_FIRST_STEPS):
             if float(lower.mean()) <= LOWER_LIMIT * goal:
@@ -154,22 +180,24 @@ class Refiner:
             factor = wanted / point.dual_grad_norm.clamp(min=1e-300)
             point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
             if not bool(m.valid.all()):
-                at, m = point, forecast(point, rhs, solution)
+                at, found = point, forecast(point, point.loss_grad.to(solution.q.dtype), solution)
+                m = m if found is None else found
             lower = _lower_part(m, point)
         residual_tol = solution.residual_norm
         if bool(m.valid.all()):
             left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
             part = certificates.local(m)[0].total - (lower if point is at else _lower_part(m, at))
             tighter = (left / part.clamp(min=1e-300)).nan_to_num(nan=1.0).clamp(max=1.0)
-            residual_tol = residual_tol * tighter.to(rhs.dtype)
+            residual_tol = residual_tol * tighter.to(residual_tol.dtype)
+        rhs = point.loss_grad.to(solution.q.dtype)
         if point is not start:
-            rhs = point.loss_grad.to(rhs.dtype)
             latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, point), q0=solution.q)
             self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
         elif bool((residual_tol < solution.residual_norm).any()):
             residual_tol = self._attainable(residual_tol, point)
             self.linear_solution = self.linear.resume(point.working, rhs, solution, residual_tol)
-        return point
+        left_over = self._adjoint.residual_norm.double() / solution.residual_norm.double().clamp(min=1e-300)
+        return point, replace(m if point is at else _moved(m, point), residual_norm=m.residual_norm * left_over)
 
     def polish(self) -> None:
         """From here on adjoints are corrected by conjugate gradients, too.
@@ -251,6 +279,7 @@ class Refiner:
                 solution = self.linear.resume(point.working, rhs, solution, residual_tol.to(rhs.dtype))
                 self.linear_solution = solution
                 return self._resumable(self._estimate(point, solution.q.to(current.q.dtype), solution), solution)
+        same = same and current.residual is not None
         residual = current.residual if same else point.loss_grad - point.linearization.hvp(current.q)
         residual_tol = self._above_floor(residual_tol, current.point.norm(residual) if same else norm(residual))
         latest = self.linear.solve(point.working, residual.to(self.problem.dtype), residual_tol.to(self.problem.dtype))
@@ -345,13 +374,14 @@ def _known(tol: Tensor) -> Tensor:
     return tol.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
+def _moved(m: LocalMeasurements, point: Point) -> LocalMeasurements:
+    """The same adjoint's at a point near by, as far as that is known without it."""
+    return replace(
+        m, distance=point.energy_distance, curvature=point.relative_curvature, mixed_norms=point.mixed_dual_norms
+    )
+
+
 def _lower_part(m: LocalMeasurements, point: Point) -> Tensor:
     """What the local bound would be at the point if the adjoint were solved exactly, ``(B,)``."""
-    moved = replace(
-        m,
-        distance=point.energy_distance,
-        curvature=point.relative_curvature,
-        mixed_norms=point.mixed_dual_norms,
-        residual_norm=torch.zeros_like(m.residual_norm),
-    )
+    moved = replace(_moved(m, point), residual_norm=torch.zeros_like(m.residual_norm))
     return certificates.local(moved)[0].total

@@ -9,17 +9,25 @@ static void TAKING(widen)(const FROM *from, double *to, int64_t n) {
 }
 
 /* The numbers, G being the gradient, R = f - H q and J_0, J_1 the columns of J for the logarithms of the weight and the
-   smoothing: ||x||^2, ||q||^2, ||G||^2, ||R||^2, <J_0, q>, <J_1, q>, <J_0, J_0>, <J_0, J_1>, <J_1, J_1>, <q, G>. */
+   smoothing: ||x||^2, ||q||^2, ||G||^2, ||R||^2, <J_0, q>, <J_1, q>, <J_0, J_0>, <J_0, J_1>, <J_1, J_1>, <q, G>.
+
+   And those of the certificate in the norm of H, where `local` is set: <q, H q>, ||R - r||^2 for a residual r, ||x - b||^2,
+   weight sum |z|^2 s / nu^2 and weight sum |z|^2 nu^2 / s^3 with z = Dx; and with W = weight D^2 phi, for each J_j = D^T g,
+   g along z and split into theta g and (1 - theta) g, theta = 2 W / (mu + 2 W): <theta g, W^{-1} theta g> and
+   ||D^T (1 - theta) g||^2. */
 #define NUMBERS 10
-static void TAKING(measure_one)(
-    const FROM *x, const FROM *q, const FROM *b, const FROM *f, double d, double weight, double smoothing,
-    double *out, double *work, int64_t rows, int64_t height, int64_t w
+#define LOCAL_NUMBERS 19
+__attribute__((always_inline)) static inline void TAKING(measure_one)(
+    const int local, const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight,
+    double smoothing, double mu, double *out, double *work, int64_t rows, int64_t height, int64_t w
 ) {
     const double nu2 = smoothing * smoothing;
     const int64_t line = spread_float64(w + 1);
     double *xh = work, *xb = xh + line, *qh = xb + line, *qb = qh + line;
-    double *above[3] = {qb + line, qb + 2 * line, qb + 3 * line}; /* vertical parts of the row above, for three D^T */
-    vector_float64 sums[NUMBERS] = {{0}};
+    const int fields = local ? 5 : 3;
+    double *above[5]; /* vertical parts of the row above, for so many D^T */
+    for (int k = 0; k < 5; k++) above[k] = qb + (k + 1) * line;
+    vector_float64 sums[LOCAL_NUMBERS] = {{0}};
     TAKING(widen)(x, xb, w);
     TAKING(widen)(q, qb, w);
     for (int64_t row = 0; row < rows; row++) {
@@ -30,57 +38,88 @@ static void TAKING(measure_one)(
         const int last = row % height == height - 1;
         const double *xn = last ? xh : xb, *qn = last ? qh : qb;
         if (row % height == 0)
-            for (int k = 0; k < 3; k++) memset(above[k], 0, (w + 7) / 8 * 8 * sizeof(double));
-        const FROM *here = b + row * w, *rhs = f + row * w;
-        vector_float64 left[3] = {{0}};
+            for (int k = 0; k < fields; k++) memset(above[k], 0, (w + 7) / 8 * 8 * sizeof(double));
+        const FROM *here = b + row * w, *rhs = f + row * w, *own = r ? r + row * w : NULL;
+        vector_float64 left[5] = {{0}};
         for (int64_t j = 0; j < w; j += 8) {
             vector_float64 v = load_float64(xh + j), u = load_float64(qh + j);
             const vector_float64 dx = load_float64(xh + j + 1) - v, dy = load_float64(xn + j) - v;
             const vector_float64 qx = load_float64(qh + j + 1) - u, qy = load_float64(qn + j) - u;
             const vector_float64 one = inverse_root_float64(dx * dx + (dy * dy + nu2)), scale = weight * one;
             const vector_float64 a = dx * one, c = dy * one, along = a * qx + c * qy, change = -nu2 * one * scale;
-            const vector_float64 across[3] = {weight * a, change * a, scale * (qx - a * along)};
-            const vector_float64 down[3] = {weight * c, change * c, scale * (qy - c * along)};
-            vector_float64 parts[3];
-            for (int k = 0; k < 3; k++) {
+            vector_float64 across[5] = {weight * a, change * a, scale * (qx - a * along)};
+            vector_float64 down[5] = {weight * c, change * c, scale * (qy - c * along)};
+            vector_float64 parts[5], energies[4];
+            if (local) {
+                const vector_float64 ratio = nu2 * one * one, stiff = scale * ratio, rest = mu / (mu + 2 * stiff);
+                across[3] = rest * across[0], down[3] = rest * down[0];
+                across[4] = ratio * across[3], down[4] = ratio * down[3];
+                /* |g|^2 / W of J_0 is weight |z|^2 s / nu^2, of J_1 ratio^2 times that */
+                const vector_float64 length = a * a + c * c, inside = (1 - rest) * (1 - rest);
+                energies[0] = weight * length / (one * ratio), energies[1] = ratio * ratio * energies[0];
+                energies[2] = inside * energies[0], energies[3] = inside * energies[1];
+            }
+            for (int k = 0; k < fields; k++) {
                 parts[k] = (load_float64(above[k] + j) - down[k]) + (MOVED_UP(left[k], across[k]) - across[k]);
                 store_float64(above[k] + j, down[k]);
                 left[k] = across[k];
             }
-            vector_float64 first = parts[0], second = parts[1], gradient = first + d * v, residual = -parts[2] - d * u;
+            vector_float64 first = parts[0], second = parts[1], gradient = first + d * v, product = parts[2] + d * u;
+            vector_float64 residual = -product, drift = {0}, misfit = v, third = parts[3], fourth = parts[4];
             if (j + 8 <= w) {
-                gradient -= TAKING(eight)(here + j);
+                gradient -= TAKING(eight)(here + j), misfit -= TAKING(eight)(here + j);
                 residual += TAKING(eight)(rhs + j);
+                if (local && own) drift = residual - TAKING(eight)(own + j);
             } else
                 for (int64_t k = 0; k < 8; k++) {
                     const int inside = j + k < w;
                     gradient[k] = inside ? gradient[k] - here[j + k] : 0;
+                    misfit[k] = inside ? misfit[k] - here[j + k] : 0;
                     residual[k] = inside ? residual[k] + rhs[j + k] : 0;
-                    if (!inside) first[k] = second[k] = v[k] = u[k] = 0;
+                    if (local && own) drift[k] = inside ? residual[k] - own[j + k] : 0;
+                    if (!inside) {
+                        first[k] = second[k] = v[k] = u[k] = 0;
+                        if (local) third[k] = fourth[k] = 0;
+                        for (int m = 0; local && m < 4; m++) energies[m][k] = 0;
+                    }
                 }
             sums[0] += v * v, sums[1] += u * u, sums[2] += gradient * gradient, sums[3] += residual * residual;
             sums[4] += first * u, sums[5] += second * u, sums[6] += first * first, sums[7] += first * second;
             sums[8] += second * second, sums[9] += gradient * u;
+            if (local) {
+                sums[10] += product * u, sums[11] += drift * drift, sums[12] += misfit * misfit;
+                sums[13] += energies[0], sums[14] += energies[1], sums[15] += energies[2], sums[16] += energies[3];
+                sums[17] += third * third, sums[18] += fourth * fourth;
+            }
         }
     }
-    for (int k = 0; k < NUMBERS; k++) out[k] = total_float64(sums[k]);
+    for (int k = 0; k < (local ? LOCAL_NUMBERS : NUMBERS); k++) out[k] = total_float64(sums[k]);
 }
 
+/* `measured` receives LOCAL_NUMBERS of every image where `local` is set, else NUMBERS; `r` may be NULL. */
 void TAKING(tv_measure)(
-    const FROM *x, const FROM *q, const FROM *b, const FROM *f, double d, double weight, double smoothing, double *measured,
-    int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+    const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight, double smoothing,
+    double mu, double *measured, int64_t local, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
 ) {
     const int64_t size = rows * width;
 #pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
     {
-        double *work = aligned_malloc(7 * spread_float64(width + 1) * sizeof(double));
+        double *work = aligned_malloc(9 * spread_float64(width + 1) * sizeof(double));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count; i++) {
+            const FROM *own = r ? r + i * size : NULL;
             const int64_t at = i * size;
-            TAKING(measure_one)(
-                x + at, q + at, b + at, f + at, d, weight, smoothing, measured + NUMBERS * i, work, rows, height, width);
+            if (local)
+                TAKING(measure_one)(
+                    1, x + at, q + at, b + at, f + at, own, d, weight, smoothing, mu, measured + LOCAL_NUMBERS * i, work,
+                    rows, height, width);
+            else
+                TAKING(measure_one)(
+                    0, x + at, q + at, b + at, f + at, NULL, d, weight, smoothing, mu, measured + NUMBERS * i, work, rows,
+                    height, width);
         }
         free(work);
     }
 }
 #undef NUMBERS
+#undef LOCAL_NUMBERS

@@ -10,7 +10,26 @@ from torch import Tensor
 
 from bilevel_imaging.native.library import function, integers, pointer, threads
 
-_NUMBERS = 10  # of every sample, in the order of measure.h
+_NUMBERS, _LOCAL_NUMBERS = 10, 19  # of every sample, in the order of measure.h
+
+
+@dataclass(frozen=True)
+class MeasuredEnergies:
+    """What the certificate in the norm of the Hessian asks in addition; ``(B,)`` float64 unless said otherwise.
+
+    Attributes:
+        adjoint: <q, H q>.
+        drift: how far the residual is from the one that was given, 0 where none was.
+        misfit: ||x - b||.
+        columns: bounds of ||J_j||_{H^-1} from the total variation alone, ``(B, 2)``.
+        split: those from the total variation and from mu, see ``TotalVariationLinearization.split_energy_norms``.
+    """
+
+    adjoint: Tensor
+    drift: Tensor
+    misfit: Tensor
+    columns: Tensor
+    split: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,7 @@ class Measured:
         q_dot_grad: <q, G>.
         products: J^T q, ``(B, n)``.
         gram: J^T J, ``(B, n, n)``.
+        energies: what is in the norm of the Hessian, where that was asked for.
     """
 
     x_norm: Tensor
@@ -33,10 +53,20 @@ class Measured:
     q_dot_grad: Tensor
     products: Tensor
     gram: Tensor
+    energies: MeasuredEnergies | None = None
 
 
 def measure(
-    x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, *, constant: float, weight: float, smoothing: float
+    x: Tensor,
+    q: Tensor,
+    b: Tensor,
+    loss_grad: Tensor,
+    *,
+    constant: float,
+    weight: float,
+    smoothing: float,
+    strong_convexity: float | None = None,
+    residual: Tensor | None = None,
 ) -> Measured:
     """For the energy constant / 2 ||x||^2 - <b, x> + smoothed isotropic total variation, the parameters being the
     logarithms of its weight and its smoothing.
@@ -49,13 +79,22 @@ def measure(
         constant: of the data term.
         weight: of the total variation.
         smoothing: likewise.
+        strong_convexity: mu of the energy, with which ``energies`` are measured, too.
+        residual: a residual grad f - H q for ``energies`` to be compared with, like x.
     """
     batch, channels, height, width = x.shape
-    table = torch.empty((batch, _NUMBERS), dtype=torch.float64)
-    images = tuple(image.contiguous() for image in (x, q, b, loss_grad))
-    numbers = (ctypes.c_double(number) for number in (constant, weight, smoothing))
-    sizes = integers(batch, channels * height, height, width)
+    local = strong_convexity is not None
+    table = torch.empty((batch, _LOCAL_NUMBERS if local else _NUMBERS), dtype=torch.float64)
+    images = tuple(None if image is None else image.contiguous() for image in (x, q, b, loss_grad, residual))
+    mu = 0.0 if strong_convexity is None else strong_convexity
+    numbers = (ctypes.c_double(number) for number in (constant, weight, smoothing, mu))
+    sizes = integers(int(local), batch, channels * height, height, width)
     function("tv_measure", x.dtype)(*(pointer(v) for v in images), *numbers, pointer(table), *sizes, threads())
     x_norm, q_norm, grad_norm, residual_norm = table[:, :4].sqrt().unbind(1)
     gram = table[:, [6, 7, 7, 8]].reshape(batch, 2, 2)
-    return Measured(x_norm, q_norm, grad_norm, residual_norm, table[:, 9], table[:, 4:6], gram)
+    energies = None
+    if local:
+        drift, misfit = table[:, 11:13].sqrt().unbind(1)
+        columns, split = table[:, 13:15].sqrt(), (table[:, 15:17] + table[:, 17:19] / mu).sqrt()
+        energies = MeasuredEnergies(table[:, 10], drift, misfit, columns, split)
+    return Measured(x_norm, q_norm, grad_norm, residual_norm, table[:, 9], table[:, 4:6], gram, energies)

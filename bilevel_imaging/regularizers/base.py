@@ -155,9 +155,11 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         """Whether there is a ``measure``."""
         return False
 
-    def measure(self, x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, constant: float) -> native.Measured:
+    def measure(
+        self, x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, constant: float, **local: Any
+    ) -> native.Measured:
         """What the classical certificate asks of x and q for this plus constant / 2 ||x||^2 - <b, x>, in compiled code
-        and in float64; all ``(B, C, H, W)``."""
+        and in float64; all ``(B, C, H, W)``. ``local``: see :func:`bilevel_imaging.native.measure`."""
         raise NotImplementedError
 
     def hvp(self, x: Tensor, v: Tensor) -> Tensor:

@@ -113,9 +113,11 @@ class TotalVariation(Regularizer):
     def measures(self) -> bool:
         return self.is_plain and self.log_weight.requires_grad and self.log_smoothing.requires_grad
 
-    def measure(self, x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, constant: float) -> native.Measured:
+    def measure(
+        self, x: Tensor, q: Tensor, b: Tensor, loss_grad: Tensor, constant: float, **local: Any
+    ) -> native.Measured:
         weight, smoothing = (float(p.detach().double().exp()) for p in (self.log_weight, self.log_smoothing))
-        return native.measure(x, q, b, loss_grad, constant=constant, weight=weight, smoothing=smoothing)
+        return native.measure(x, q, b, loss_grad, constant=constant, weight=weight, smoothing=smoothing, **local)
 
     def constants(self, shape: torch.Size | tuple[int, ...]) -> Constants:
         """See :meth:`Regularizer.constants`; the same object while nothing that they depend on changes."""
