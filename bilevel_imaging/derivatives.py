@@ -89,11 +89,13 @@ class LocalChange:
         slopes: ``(n,)`` in the order of ``theta`` (flattened), or ``(B, blocks)`` for blocks of parameters: then for
             combinations of their columns with coefficients of norm 1.
         energy: ``(B,)``.
+        curvature: what :meth:`Linearization.relative_curvature` says of the same ball, where that came along.
     """
 
     hessian: Tensor
     slopes: Tensor
     energy: Tensor
+    curvature: Tensor | None = None
 
 
 class NewtonModel(abc.ABC):

@@ -124,13 +124,21 @@ class LowerLevelProblem(abc.ABC):
         return False
 
     def measure(
-        self, x: Tensor, q: Tensor, loss_grad: Tensor, *, residual: Tensor | None = None, local: bool = False
+        self,
+        x: Tensor,
+        q: Tensor,
+        loss_grad: Tensor,
+        *,
+        residual: Tensor | None = None,
+        difference: bool = False,
+        local: bool = False,
     ) -> tuple[Measured, Tensor]:
         """What the classical certificate asks of x and the adjoint q, all ``(B, *image)`` in the dtype of the data,
         evaluated in float64 in one pass, and a bound of the rounding of the gradient, ``(B,)`` float64. Counts as a
         gradient, a product and the columns of J. ``local``: also what the certificate in the norm of the Hessian asks,
         and how far the residual is from the given one; ``energies.columns`` are then the best bounds of
-        ||J_j||_{H^-1} that are known without solving anything."""
+        ||J_j||_{H^-1} that are known without solving anything; and with ``difference`` the gradient of the loss is
+        x - ``loss_grad``."""
         raise NotImplementedError
 
     def metric(self) -> Metric | None:

@@ -242,12 +242,20 @@ class VariationalProblem(LowerLevelProblem):
         return isinstance(self.data, IdentityTerm) and self.regularizer.measures and native.serves(self.data.y)
 
     def measure(
-        self, x: Tensor, q: Tensor, loss_grad: Tensor, *, residual: Tensor | None = None, local: bool = False
+        self,
+        x: Tensor,
+        q: Tensor,
+        loss_grad: Tensor,
+        *,
+        residual: Tensor | None = None,
+        difference: bool = False,
+        local: bool = False,
     ) -> tuple[Measured, Tensor]:
         assert isinstance(self.data, IdentityTerm)
         data, mu = self.data, self.constants().strong_convexity
         # the same for all images: A is the identity
-        options = {"strong_convexity": float(mu.amin()), "residual": residual} if local else {}
+        own = {"strong_convexity": float(mu.amin()), "residual": residual, "difference": difference}
+        options = own if local else {}
         found = self.regularizer.measure(x, q, data.y, loss_grad, 1 + self.ridge, **options)
         self.cost.gradients += len(x)
         self.cost.hvps += int((found.q_norm > 0).sum())  # a product with 0 is none

@@ -99,6 +99,7 @@ def estimate(
     thrifty: bool = False,
     enough: Callable[[float], float] | None = None,
     measured: Measured | None = None,
+    given: Tensor | None = None,
 ) -> Estimate:
     """Evaluate -J^T q at the point: one HVP for the residual (unless the solver measured it), then bounds from that.
 
@@ -107,10 +108,11 @@ def estimate(
     parameters too many for columns of J, Euclidean bounds cost several products and are worse than the local one: they
     are left out where that holds; and where the local one is below what ``enough`` makes of the norm of the estimate,
     or none of them can be.
-    ``measured``: what else would be evaluated at a plain point, which has taken its part of that.
+    ``measured``: what else would be evaluated at a plain point, which has taken its part of that. ``given``: q in the
+    dtype of the data, if it is the same numbers.
     """
-    measured = measured or point.measured(q, None if known is None else known.residual)
-    q_norm = point.norm(q)
+    measured = measured or point.measured(q if given is None else given, None if known is None else known.residual)
+    q_norm = point.norm(q) if measured is None else measured.q_norm
     if measured is None:
         residual, product, rounding = _residual(point, q, q_norm, known)
         size, value = point.norm(residual), inner(q, point.gradient).double()
@@ -310,17 +312,14 @@ def _local(
     """Everything in the norm of the Hessian; ``None`` where the energy does not say how its Hessian changes. A value
     has no use for the columns of J. ``product`` is H q."""
     mu = point.constants.strong_convexity.double()
-    change = point.local_change(q, point.energy_distance)
+    change = point.change_near(q)
     mixed = point.mixed_dual_norms if gradient else q.new_zeros(len(q), 0).double()
     if change is None or mixed is None:
         return None
     if measured is None:
         dual, energy = _dual_residual(point, residual, known), inner(q, product).double()
     else:
-        own = measured.energies
-        dual, energy = measured.residual_norm / lowest_multiple(mu, point.metric).sqrt(), own.adjoint
-        if known is not None and known.energy_norm is not None:
-            dual = torch.minimum(dual, known.energy_norm.double() * (1 + ENERGY_SLACK) + own.drift / mu.sqrt())
+        dual, energy = measured_dual_residual(point, measured, known), measured.energies.adjoint
     return LocalMeasurements(
         distance=point.energy_distance,
         curvature=point.relative_curvature,
@@ -333,6 +332,16 @@ def _local(
         loss_smoothness=torch.full_like(mu, float(point.loss.smoothness)),
         strong_convexity=mu,
     )
+
+
+def measured_dual_residual(point: Point, measured: Measured, known: LinearSolution | None) -> Tensor:
+    """Bound of ||R||_{H^-1} before rounding, ``(B,)`` float64."""
+    mu = point.constants.strong_convexity.double()
+    dual = measured.residual_norm / lowest_multiple(mu, point.metric).sqrt()
+    if known is None or known.energy_norm is None:
+        return dual
+    own = known.energy_norm.double() * (1 + ENERGY_SLACK) + measured.energies.drift / mu.sqrt()
+    return torch.minimum(dual, own)
 
 
 def _dual_residual(point: Point, residual: Tensor, known: LinearSolution | None) -> Tensor:

@@ -216,10 +216,9 @@ def _refine(refiner: Refiner, x0, q0, goal: _Goal, names, max_rounds: int) -> tu
     elif (metric := problem.metric()) is not None:
         # most of G is not where M is smallest: x is much nearer than ||G|| / mu says
         size = size * (metric.highest / metric.lowest).pow(FIRST_SPREAD).to(size.dtype)
-    aim: Callable[[float], float] | None = goal.aim
-    if refiner.quick and goal.relative is not None:
-        first_error, first_residual, aim = QUICK_ERROR * first_error, QUICK_RESIDUAL * first_residual, None
-    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True, aim=aim)
+    if refiner.quick:
+        first_error, first_residual = QUICK_ERROR * first_error, QUICK_RESIDUAL * first_residual
+    current = refiner.solve(x0, q0, first_error * size, first_residual, relative=True, aim=goal.aim)
     if not current.bounds and current.point.reason:
         return current, ""  # no constants to measure the accuracy with
     if not _available(current, names):
@@ -268,7 +267,7 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
             bound = min(bound, _distance(verifier, current) + best_bound)
     lower, upper = (float(end.mean()) for end in (current if verifier is None else verifier).loss_interval)
     point = current.point
-    x, q = point.x.to(problem.dtype), current.q.to(problem.dtype)
+    x, q = point.in_dtype(problem), current.q.to(problem.dtype)
     # float32 data round the x that is returned
     moved = 0.0 if point.working_is_there else norm(x.to(point.x.dtype) - point.x).double()
     return Hypergradient(

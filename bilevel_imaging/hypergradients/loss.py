@@ -38,6 +38,8 @@ class LossOracle:
         self.smoothness: float | None = getattr(loss, "smoothness", None)
         self.convex: bool = bool(getattr(loss, "convex", False))
         self.nonnegative: bool = bool(getattr(loss, "nonnegative", False))
+        # whether it is 1/2 ||x - x_true||^2
+        self.squared_error = bool(getattr(loss, "squared_error", False)) and _is_meant(loss, "squared_error")
 
     def value(self, x: Tensor) -> Tensor:
         """f_i(x_i), ``(B,)``."""
@@ -60,7 +62,7 @@ class LossOracle:
     def hvp(self, x: Tensor, v: Tensor) -> Tensor:
         """f_i''(x_i) v_i for v ``(B, *image)``."""
         x_true = self._truth(x)
-        if hasattr(self.loss, "hvp"):
+        if hasattr(self.loss, "hvp") and _is_meant(self.loss, "hvp"):
             with torch.no_grad():
                 return self.loss.hvp(x, x_true, v)
         with torch.enable_grad():
@@ -73,3 +75,11 @@ class LossOracle:
         if x.dtype not in self._in:
             self._in[x.dtype] = self.x_true.to(x.dtype)
         return self._in[x.dtype]
+
+
+def _is_meant(loss: object, name: str) -> bool:
+    """Whether what the loss says under this name is said of its own values and gradients, not of those of a class that
+    it inherits from."""
+    kind = type(loss)
+    own, *others = (next((c for c in kind.__mro__ if n in vars(c)), object) for n in (name, "__call__", "grad"))
+    return name in getattr(loss, "__dict__", {}) or all(issubclass(own, other) for other in others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ def lowest_multiple(strong_convexity: Tensor, metric: Metric | None) -> Tensor:
 
 # radii of balls on which changes of derivatives are evaluated
 RADII = {torch.float32: (1e-30, 1e15), torch.float64: (1e-100, 1e100)}
+# curvature times radius below which it does not matter how large a ball is
+ALIKE = 0.1
 # images whose norms a point keeps: x, G, grad f, q, a residual
 REMEMBERED = 6
 
@@ -45,12 +48,13 @@ class Point:
     """A lower-level point x with everything that does not depend on the adjoint, in the dtype of ``problem``.
 
     ``working`` is a linearization for solvers, in the dtype of the data; by default the same as that of the point.
-    ``working_is_there`` says that it is at x itself, not at x rounded.
+    ``working_is_there`` says that it is at x itself, not at x rounded. ``given`` is the problem of such a one: x comes
+    in its dtype, and what is needed in the dtype of ``problem`` is made when that is the case.
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
     ``accumulated``: how many numbers are added up in the dtype of ``problem`` for an entry of J^T q, if that counts.
     ``plain``: no more than the classical certificate needs, which takes ||G|| / mu for the distance.
-    Where the problem ``measures`` and solvers have a linearization of their own, one pass says everything once an adjoint
-    is known, and no image is made for it.
+    Where the problem ``measures`` and solvers have a linearization of their own, one pass says everything once an
+    adjoint is known, and no image is made for it.
     A randomized bound made here appends the probability that it fails to ``failures``.
     """
 
@@ -64,19 +68,17 @@ class Point:
         gradient_energy: Tensor | None = None,
         failures: list[float] | None = None,
         plain: bool = False,
+        given: LowerLevelProblem | None = None,
     ):
-        self.problem, self.loss, self.x = problem, loss, x
+        self.problem, self.loss, self.given, self._x = problem, loss, given, x
         self.measures = problem.measures and not plain and working is not None
         if working is None:
-            working = self.linearization = problem.linearize(x)
+            working = self.linearization = problem.linearize(self.x)
         self.working = working
         self.working_is_there = working_is_there
         self.plain = plain
         self.constants = problem.constants() if self.measures else self.linearization.constants
-        self.loss_value = loss.value(x).double()
-        self.loss_grad = loss.grad(x)
         self._norms: list[tuple[Tensor, Tensor]] = []
-        self.loss_grad_norm = self.norm(self.loss_grad)
         self.gradient_energy = gradient_energy
         self.accumulated = 0
         self.failures = [] if failures is None else failures
@@ -84,6 +86,38 @@ class Point:
         self._gram_of_columns: Tensor | None = None
         self._in_metric: tuple[Tensor, Tensor] | None = None
         self._measured: tuple[Tensor, Measured] | None = None
+        self.loss_grad_unit = 0.0  # relative rounding of the gradient of the loss in what was measured last
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The point, in the dtype of ``problem``."""
+        return self._x.to(self.problem.dtype)
+
+    def in_dtype(self, problem: LowerLevelProblem) -> Tensor:
+        """The point in the dtype of ``problem``."""
+        return self._x if self._x.dtype == problem.dtype else self.x.to(problem.dtype)
+
+    @cached_property
+    def loss_value(self) -> Tensor:
+        """f, ``(B,)`` float64."""
+        return self.loss.value(self.x).double()
+
+    @cached_property
+    def loss_grad(self) -> Tensor:
+        """Its gradient."""
+        return self.loss.grad(self.x)
+
+    @cached_property
+    def loss_grad_norm(self) -> Tensor:
+        """||grad f||, ``(B,)`` float64."""
+        return self.norm(self.loss_grad)
+
+    @cached_property
+    def rhs(self) -> Tensor:
+        """grad f in the dtype of solvers, to their accuracy."""
+        if self.given is not None and self.loss.x_true.dtype == self._x.dtype:
+            return self.loss.grad(self._x)
+        return self.loss_grad.to(self.working.grad.dtype)
 
     @cached_property
     def linearization(self) -> Linearization:
@@ -101,8 +135,7 @@ class Point:
         if not self.measures:
             return None
         if self._measured is None or self._measured[0] is not q:
-            own = None if residual is None else residual.to(self.x.dtype)
-            found, rounding = self.problem.measure(self.x, q.to(self.x.dtype), self.loss_grad, residual=own, local=True)
+            found, rounding = self._measure(q, residual)
             if not self.in_range(found):
                 self.measures = False
                 return None
@@ -110,9 +143,28 @@ class Point:
             self._measured = q, found
         return self._measured[1]
 
+    def _measure(self, q: Tensor, residual: Tensor | None) -> tuple[Measured, Tensor]:
+        """In numbers of the dtype of the data, read as they are, where x and q are of these."""
+        problem, x, self.loss_grad_unit = self.problem, self._x, 0.0
+        options: dict[str, Any] = {}
+        if self.given is None or q.dtype != x.dtype:
+            x, loss_grad = self.x, self.loss_grad
+        elif self.loss.squared_error and self.loss.x_true.dtype == x.dtype:
+            problem, loss_grad, options = self.given, self.loss.x_true, {"difference": True}
+        else:
+            problem, loss_grad = self.given, self.loss_grad.to(x.dtype)
+            self.loss_grad_unit = 0.5 * torch.finfo(x.dtype).eps
+        own = None if residual is None else residual.to(x.dtype)
+        found, rounding = problem.measure(x, q.to(x.dtype), loss_grad, residual=own, local=True, **options)
+        if options:
+            assert found.energies is not None
+            self.loss_grad_norm = found.energies.loss_grad_norm
+            self.loss_value = 0.5 * self.loss_grad_norm.square()
+        return found, rounding
+
     def in_range(self, measured: Measured) -> bool:
         """Whether squares of what was measured are far from the limits of numbers."""
-        usual = units(measured.gram.diagonal(dim1=1, dim2=2).sum(1).sqrt(), self.x) is None
+        usual = units(measured.gram.diagonal(dim1=1, dim2=2).sum(1).sqrt(), self._x) is None
         return usual and bool((measured.grad_norm + measured.residual_norm + measured.q_norm).isfinite().all())
 
     def take(self, measured: Measured, rounding: Tensor, q: Tensor) -> None:
@@ -122,6 +174,7 @@ class Point:
         self._gram_of_columns = measured.gram
         self.column_norms = measured.gram.diagonal(dim1=1, dim2=2).sqrt()
         if measured.energies is not None:
+            self._largest = measured.energies.largest.max()
             own, lowest = measured.energies.columns, lowest_multiple(self._mu, self.metric)
             self.mixed_dual_norms = torch.minimum(self.column_norms / lowest.sqrt().unsqueeze(1), own)
 
@@ -318,7 +371,23 @@ class Point:
             return None
         up = scale.double() * self._rounded_up
         hessian = self._reached(change.hessian * up, radius, within)
-        return LocalChange(hessian, change.slopes, change.energy * up)
+        curvature = change.curvature
+        if curvature is not None:
+            curvature = self._reached(curvature.double() * self._rounded_up, radius, within)
+        return LocalChange(hessian, change.slopes, change.energy * up, curvature)
+
+    def change_near(self, q: Tensor) -> LocalChange | None:
+        """How derivatives change along q on the ball that holds x*; or on the one where that is looked for, if it comes
+        with the curvature there, which is then so small that the balls hardly differ."""
+        if self.measures and "relative_curvature" not in self.__dict__:
+            radius = certificates.TRIAL_FACTOR * self.dual_grad_norm
+            change = self.local_change(q, radius)
+            if change is None or change.curvature is None:
+                return change
+            self.relative_curvature = change.curvature
+            if bool((change.curvature * radius < ALIKE).all()):
+                return change
+        return self.local_change(q, self.energy_distance)
 
     def _ball(self, radius: Tensor) -> Tensor:
         """The radius as a number whose powers can be represented in the dtype of the data, if it can be enlarged."""
@@ -340,10 +409,14 @@ class Point:
         return self._direction[1:]
 
     @cached_property
+    def _largest(self) -> Tensor:
+        return largest_entries(self.x).amax()
+
+    @cached_property
     def _rounded_up(self) -> float:
         """What the rounding of x and of lengths does to a bound: relative to the scale on which derivatives change."""
         at = self.working
-        size = float(largest_entries(self.x).amax())
+        size = float(self._largest)
         return 1 + 64 * torch.finfo(at.grad.dtype).eps * (1 + size / at.length_scale)
 
     @cached_property

@@ -19,6 +19,7 @@ from bilevel_imaging.hypergradients.evaluation import (
     adjoint_gradient,
     estimate,
     forecast,
+    measured_dual_residual,
 )
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.plain import classical
@@ -43,6 +44,8 @@ MANY_PARAMETERS = 64
 MAX_FIRST_STEPS = 2
 # how often both solves are aimed before it, at most: again where the aim fell below this part of the one before
 MAX_AIMS, MISSED = 4, 0.7
+# parts of the aim that the residual may be in what was measured, and that it is reduced to
+LINEAR_LIMIT, LINEAR_SHARE = 0.9, 0.8
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
 FLOAT32_RELATIVE = 1e-5
 
@@ -112,14 +115,15 @@ class Refiner:
         point = self.point(self.lower_solution.x)
         if aim is not None and not point.has_columns:
             point = self._nearer(point)
-        rhs = point.loss_grad.to(self.problem.dtype)
-        residual_tol = residual_tol * point.loss_grad_norm.to(rhs) if relative else residual_tol
-        # where it is measured anyway, nobody needs a residual checked
-        solve = self.linear.begin if aim is not None or (relative and self.quick) else self.linear.solve
+        rhs = point.rhs
+        residual_tol = residual_tol * norm(rhs) if relative else residual_tol
+        solve = self.linear.solve if aim is None else self.linear.begin
         self.linear_solution = solve(point.working, rhs, residual_tol, q0=q0)
-        if aim is not None:
+        if aim is not None and self.quick:
+            self._measured_aim(point, rhs, aim)
+        elif aim is not None:
             point = self._aimed(point, rhs, aim)
-        result = self._estimate(point, self.linear_solution.q.to(self.exact.dtype), self.linear_solution)
+        result = self._estimate(point, self.linear_solution)
         return self._resumable(result, self.linear_solution)
 
     @property
@@ -163,6 +167,24 @@ class Refiner:
                 break
         return point
 
+    def _measured_aim(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> None:
+        """The adjoint until its residual alone would not keep the local bound above the aim, by what one pass measures:
+        the evaluation after that needs no other."""
+        for _ in range(MAX_AIMS):
+            solution = self._adjoint
+            measured = point.measured(solution.q, solution.residual)
+            if measured is None:
+                return
+            goal = aim(length(entries(adjoint_gradient(point, solution.q, measured))))
+            part = point.mixed_dual_norms.norm(dim=1) * measured_dual_residual(point, measured, solution)
+            share = float(part.mean()) / goal if goal > 0 else 0.0
+            if not LINEAR_LIMIT < share < math.inf:
+                return
+            residual_tol = self._attainable(LINEAR_SHARE / share * measured.residual_norm, point).to(rhs.dtype)
+            if not bool((residual_tol < solution.residual_norm).any()):
+                return
+            self.linear_solution = self.linear.resume(point.working, rhs, solution, residual_tol)
+
     @property
     def _adjoint(self) -> LinearSolution:
         assert self.linear_solution is not None
@@ -180,7 +202,7 @@ class Refiner:
             factor = wanted / point.dual_grad_norm.clamp(min=1e-300)
             point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
             if not bool(m.valid.all()):
-                at, found = point, forecast(point, point.loss_grad.to(solution.q.dtype), solution)
+                at, found = point, forecast(point, point.rhs, solution)
                 m = m if found is None else found
             lower = _lower_part(m, point)
         residual_tol = solution.residual_norm
@@ -189,7 +211,7 @@ class Refiner:
             part = certificates.local(m)[0].total - (lower if point is at else _lower_part(m, at))
             tighter = (left / part.clamp(min=1e-300)).nan_to_num(nan=1.0).clamp(max=1.0)
             residual_tol = residual_tol * tighter.to(residual_tol.dtype)
-        rhs = point.loss_grad.to(solution.q.dtype)
+        rhs = point.rhs
         if point is not start:
             latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, point), q0=solution.q)
             self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
@@ -213,8 +235,8 @@ class Refiner:
             return Point(self.exact, self.loss, x, failures=self.failures, plain=self.plain)
         working = self.problem.linearize(x.to(self.problem.dtype))
         there = x.dtype == self.problem.dtype
-        exact = x.to(self.exact.dtype)
-        return Point(self.exact, self.loss, exact, working, there, failures=self.failures, plain=self.plain)
+        given = self.problem if there else None
+        return Point(self.exact, self.loss, x, working, there, failures=self.failures, plain=self.plain, given=given)
 
     @staticmethod
     def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:
@@ -261,7 +283,7 @@ class Refiner:
         floor = 4 * self.problem.gradient_rounding(point.x.to(self.problem.dtype)).double() / mu
         if self.exact is not self.problem and bool((error_tol < floor).any()):
             return self.newton_step(point, (error_tol / point.distance).clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
-        x0 = point.x.to(self.problem.dtype)
+        x0 = point.in_dtype(self.problem)
         solution = self.lower.solve(self.problem, x0, error_tol.to(self.problem.dtype))
         if self.lower_solution is not None:
             solution = replace(solution, iterations=solution.iterations + self.lower_solution.iterations)
@@ -274,11 +296,11 @@ class Refiner:
         residual_tol = _known(residual_tol)
         same = point is current.point
         if same and self.resumable is not None and self.resumable[0] is current:
-            solution, rhs = self.resumable[1], point.loss_grad.to(self.problem.dtype)
+            solution, rhs = self.resumable[1], point.rhs
             if self.exact is self.problem or bool((residual_tol >= FLOAT32_RELATIVE * point.loss_grad_norm).all()):
                 solution = self.linear.resume(point.working, rhs, solution, residual_tol.to(rhs.dtype))
                 self.linear_solution = solution
-                return self._resumable(self._estimate(point, solution.q.to(current.q.dtype), solution), solution)
+                return self._resumable(self._estimate(point, solution), solution)
         same = same and current.residual is not None
         residual = current.residual if same else point.loss_grad - point.linearization.hvp(current.q)
         residual_tol = self._above_floor(residual_tol, current.point.norm(residual) if same else norm(residual))
@@ -286,10 +308,13 @@ class Refiner:
         before = self.linear_solution
         iterations = latest.iterations if before is None else latest.iterations + before.iterations
         self.linear_solution = replace(latest, iterations=iterations)
-        return self._estimate(point, current.q + latest.q.to(current.q.dtype), latest)
+        return self._estimate(point, latest, current.q + latest.q.to(current.q.dtype))
 
-    def _estimate(self, point: Point, q: Tensor, known: LinearSolution) -> Estimate:
-        return estimate(point, q, known=known, thrifty=self.thrifty, enough=self.enough)
+    def _estimate(self, point: Point, known: LinearSolution, q: Tensor | None = None) -> Estimate:
+        """With the q of the solve, or with another one to which its residual belongs."""
+        given = known.q if q is None else None
+        q = known.q.to(self.exact.dtype) if q is None else q
+        return estimate(point, q, known=known, thrifty=self.thrifty, enough=self.enough, given=given)
 
     def _resumable(self, result: Estimate, solution: LinearSolution) -> Estimate:
         """Remember the solve behind an estimate, so that it can go on instead of starting again."""

@@ -37,7 +37,11 @@ def measured_rounding(point: Point, measured: Measured) -> Tensor:
     float64."""
     smoothness = point.constants.smoothness.double()
     own = smoothness * measured.q_norm + point.loss_grad_norm
-    return 8 * torch.finfo(torch.float64).eps * own + loss_grad_rounding(point)
+    return (
+        8 * torch.finfo(torch.float64).eps * own
+        + loss_grad_rounding(point)
+        + point.loss_grad_unit * point.loss_grad_norm
+    )
 
 
 def loss_grad_rounding(point: Point) -> Tensor:

@@ -138,8 +138,8 @@ def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: 
     if scale is not None:  # else its norms are known to be finite
         finite = b.isfinite().flatten(1).all(1)
         b = torch.where(per_sample(finite, b), divided(b, scale), 0.0)
-    q, r = torch.zeros_like(b), b.clone()
     residual, tol = size if scale is None else norm(b), divided(tol, scale)
+    warm = torch.zeros_like(finite)
     if q0 is not None:
         start = divided(q0.detach(), scale)
         r0 = b - operator.hvp(start)
@@ -147,9 +147,13 @@ def start(operator: Operator, b: Tensor, q0: Tensor | None, tol: Tensor, scale: 
         # ||q0 - p||_H^2 - ||p||_H^2 = -<q0, b + r0>: this costs no product
         better = (inner(start, b + r0) > 0) | (residual0 <= tol)
         warm = residual0.isfinite() & better & (residual > 0)
-        q = torch.where(per_sample(warm, b), start, q)
-        r = torch.where(per_sample(warm, b), r0, r)
         residual = torch.where(warm, residual0, residual)
+    if q0 is not None and bool(warm.all()):
+        q, r = start.clone(), r0
+    else:
+        q, r = torch.zeros_like(b), b.clone()
+        if bool(warm.any()):
+            q, r = (torch.where(per_sample(warm, b), one, other) for one, other in ((start, q), (r0, r)))
     status = torch.where(residual == 0, DONE, RUNNING)
     status = torch.where(finite, status, NOT_FINITE)
     residual = torch.where(finite, residual, torch.inf)

@@ -14,11 +14,11 @@ static void TAKING(widen)(const FROM *from, double *to, int64_t n) {
    And those of the certificate in the norm of H, where `local` is set: <q, H q>, ||R - r||^2 for a residual r, ||x - b||^2,
    weight sum |z|^2 s / nu^2 and weight sum |z|^2 nu^2 / s^3 with z = Dx; and with W = weight D^2 phi, for each J_j = D^T g,
    g along z and split into theta g and (1 - theta) g, theta = 2 W / (mu + 2 W): <theta g, W^{-1} theta g> and
-   ||D^T (1 - theta) g||^2. */
+   ||D^T (1 - theta) g||^2; ||f||^2; max |x|. */
 #define NUMBERS 10
-#define LOCAL_NUMBERS 19
+#define LOCAL_NUMBERS 21
 __attribute__((always_inline)) static inline void TAKING(measure_one)(
-    const int local, const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight,
+    const int local, const int difference, const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight,
     double smoothing, double mu, double *out, double *work, int64_t rows, int64_t height, int64_t w
 ) {
     const double nu2 = smoothing * smoothing;
@@ -27,7 +27,7 @@ __attribute__((always_inline)) static inline void TAKING(measure_one)(
     const int fields = local ? 5 : 3;
     double *above[5]; /* vertical parts of the row above, for so many D^T */
     for (int k = 0; k < 5; k++) above[k] = qb + (k + 1) * line;
-    vector_float64 sums[LOCAL_NUMBERS] = {{0}};
+    vector_float64 sums[LOCAL_NUMBERS - 1] = {{0}}, most = {0};
     TAKING(widen)(x, xb, w);
     TAKING(widen)(q, qb, w);
     for (int64_t row = 0; row < rows; row++) {
@@ -65,41 +65,49 @@ __attribute__((always_inline)) static inline void TAKING(measure_one)(
                 left[k] = across[k];
             }
             vector_float64 first = parts[0], second = parts[1], gradient = first + d * v, product = parts[2] + d * u;
-            vector_float64 residual = -product, drift = {0}, misfit = v, third = parts[3], fourth = parts[4];
-            if (j + 8 <= w) {
-                gradient -= TAKING(eight)(here + j), misfit -= TAKING(eight)(here + j);
-                residual += TAKING(eight)(rhs + j);
-                if (local && own) drift = residual - TAKING(eight)(own + j);
+            const int64_t inside = w - j;
+            vector_float64 data = {0}, slope = {0}, recursed = {0};
+            if (inside >= 8) {
+                data = TAKING(eight)(here + j), slope = TAKING(eight)(rhs + j);
+                if (local && own) recursed = TAKING(eight)(own + j);
             } else
-                for (int64_t k = 0; k < 8; k++) {
-                    const int inside = j + k < w;
-                    gradient[k] = inside ? gradient[k] - here[j + k] : 0;
-                    misfit[k] = inside ? misfit[k] - here[j + k] : 0;
-                    residual[k] = inside ? residual[k] + rhs[j + k] : 0;
-                    if (local && own) drift[k] = inside ? residual[k] - own[j + k] : 0;
-                    if (!inside) {
-                        first[k] = second[k] = v[k] = u[k] = 0;
-                        if (local) third[k] = fourth[k] = 0;
-                        for (int m = 0; local && m < 4; m++) energies[m][k] = 0;
-                    }
+                for (int64_t k = 0; k < inside; k++) {
+                    data[k] = here[j + k], slope[k] = rhs[j + k];
+                    if (local && own) recursed[k] = own[j + k];
                 }
+            if (difference) slope = v - slope;
+            vector_float64 misfit = v - data, residual = slope - product, drift = residual - recursed;
+            vector_float64 third = parts[3], fourth = parts[4];
+            gradient -= data;
+            for (int64_t k = inside; k < 8; k++) {
+                first[k] = second[k] = v[k] = u[k] = gradient[k] = residual[k] = 0;
+                if (!local) continue;
+                third[k] = fourth[k] = slope[k] = misfit[k] = drift[k] = 0;
+                for (int m = 0; m < 4; m++) energies[m][k] = 0;
+            }
             sums[0] += v * v, sums[1] += u * u, sums[2] += gradient * gradient, sums[3] += residual * residual;
             sums[4] += first * u, sums[5] += second * u, sums[6] += first * first, sums[7] += first * second;
             sums[8] += second * second, sums[9] += gradient * u;
             if (local) {
                 sums[10] += product * u, sums[11] += drift * drift, sums[12] += misfit * misfit;
                 sums[13] += energies[0], sums[14] += energies[1], sums[15] += energies[2], sums[16] += energies[3];
-                sums[17] += third * third, sums[18] += fourth * fourth;
+                sums[17] += third * third, sums[18] += fourth * fourth, sums[19] += slope * slope;
+                most = larger_float64(magnitude_float64(v), most);
             }
         }
     }
-    for (int k = 0; k < (local ? LOCAL_NUMBERS : NUMBERS); k++) out[k] = total_float64(sums[k]);
+    for (int k = 0; k < (local ? LOCAL_NUMBERS - 1 : NUMBERS); k++) out[k] = total_float64(sums[k]);
+    if (!local) return;
+    out[LOCAL_NUMBERS - 1] = 0;
+    for (int k = 0; k < 8; k++)
+        if (most[k] > out[LOCAL_NUMBERS - 1]) out[LOCAL_NUMBERS - 1] = most[k];
 }
 
-/* `measured` receives LOCAL_NUMBERS of every image where `local` is set, else NUMBERS; `r` may be NULL. */
+/* `measured` receives LOCAL_NUMBERS of every image where `local` is set, else NUMBERS; `r` may be NULL. With `difference`
+   set, what comes as f is x - f. */
 void TAKING(tv_measure)(
     const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight, double smoothing,
-    double mu, double *measured, int64_t local, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+    double mu, double *measured, int64_t local, int64_t difference, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
 ) {
     const int64_t size = rows * width;
 #pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
@@ -111,11 +119,11 @@ void TAKING(tv_measure)(
             const int64_t at = i * size;
             if (local)
                 TAKING(measure_one)(
-                    1, x + at, q + at, b + at, f + at, own, d, weight, smoothing, mu, measured + LOCAL_NUMBERS * i, work,
+                    1, difference != 0, x + at, q + at, b + at, f + at, own, d, weight, smoothing, mu, measured + LOCAL_NUMBERS * i, work,
                     rows, height, width);
             else
                 TAKING(measure_one)(
-                    0, x + at, q + at, b + at, f + at, NULL, d, weight, smoothing, mu, measured + NUMBERS * i, work, rows,
+                    0, 0, x + at, q + at, b + at, f + at, NULL, d, weight, smoothing, mu, measured + NUMBERS * i, work, rows,
                     height, width);
         }
         free(work);

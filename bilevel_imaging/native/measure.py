@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel_imaging.native.library import function, integers, pointer, threads
 
-_NUMBERS, _LOCAL_NUMBERS = 10, 19  # of every sample, in the order of measure.h
+_NUMBERS, _LOCAL_NUMBERS = 10, 21  # of every sample, in the order of measure.h
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class MeasuredEnergies:
         misfit: ||x - b||.
         columns: bounds of ||J_j||_{H^-1} from the total variation alone, ``(B, 2)``.
         split: those from the total variation and from mu, see ``TotalVariationLinearization.split_energy_norms``.
+        loss_grad_norm: ||grad f||.
+        largest: max |x|.
     """
 
     adjoint: Tensor
@@ -30,6 +32,8 @@ class MeasuredEnergies:
     misfit: Tensor
     columns: Tensor
     split: Tensor
+    loss_grad_norm: Tensor
+    largest: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def measure(
     smoothing: float,
     strong_convexity: float | None = None,
     residual: Tensor | None = None,
+    difference: bool = False,
 ) -> Measured:
     """For the energy constant / 2 ||x||^2 - <b, x> + smoothed isotropic total variation, the parameters being the
     logarithms of its weight and its smoothing.
@@ -81,6 +86,7 @@ def measure(
         smoothing: likewise.
         strong_convexity: mu of the energy, with which ``energies`` are measured, too.
         residual: a residual grad f - H q for ``energies`` to be compared with, like x.
+        difference: with ``strong_convexity`` only: grad f is x - ``loss_grad``.
     """
     batch, channels, height, width = x.shape
     local = strong_convexity is not None
@@ -88,13 +94,13 @@ def measure(
     images = tuple(None if image is None else image.contiguous() for image in (x, q, b, loss_grad, residual))
     mu = 0.0 if strong_convexity is None else strong_convexity
     numbers = (ctypes.c_double(number) for number in (constant, weight, smoothing, mu))
-    sizes = integers(int(local), batch, channels * height, height, width)
+    sizes = integers(int(local), int(difference), batch, channels * height, height, width)
     function("tv_measure", x.dtype)(*(pointer(v) for v in images), *numbers, pointer(table), *sizes, threads())
     x_norm, q_norm, grad_norm, residual_norm = table[:, :4].sqrt().unbind(1)
     gram = table[:, [6, 7, 7, 8]].reshape(batch, 2, 2)
     energies = None
     if local:
-        drift, misfit = table[:, 11:13].sqrt().unbind(1)
+        drift, misfit, loss_grad_norm = table[:, [11, 12, 19]].sqrt().unbind(1)
         columns, split = table[:, 13:15].sqrt(), (table[:, 15:17] + table[:, 17:19] / mu).sqrt()
-        energies = MeasuredEnergies(table[:, 10], drift, misfit, columns, split)
+        energies = MeasuredEnergies(table[:, 10], drift, misfit, columns, split, loss_grad_norm, table[:, 20])
     return Measured(x_norm, q_norm, grad_norm, residual_norm, table[:, 9], table[:, 4:6], gram, energies)

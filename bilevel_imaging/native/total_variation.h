@@ -196,15 +196,22 @@ static inline NAME(Vector) NAME(relative_norm)(
     return (REAL)0.5 * (first + second) + NAME(smaller)(enough, parts);
 }
 
-/* Largest relative change of the Hessian of sample i over the ball ||e||_H <= radius, along every e of the ball (q NULL)
-   or along q; then also <q, D^T phi'' D q>. A value that is not finite makes the largest one infinite. */
+/* Largest of the values in `best`; infinite where one was not finite. */
+static double NAME(largest_of)(NAME(Vector) best, INDICES sound) {
+    REAL most = 0;
+    for (int64_t k = 0; k < LANES; k++) most = !sound[k] ? INFINITY : best[k] > most ? best[k] : most;
+    return most;
+}
+
+/* Largest relative change of the Hessian of sample i over the ball ||e||_H <= radius: per radius along every e of the
+   ball, and where there is a q along q, with <q, D^T phi'' D q>. A value that is not finite makes it infinite. */
 void NAME(tv_relative)(
     const REAL *unit, int64_t apart, const REAL *reciprocal, const REAL *q, REAL weight, REAL smoothing,
-    const double *radii, const double *convexities, double squared_norm, double row_norm, double *largest,
-    double *energies, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+    const double *radii, const double *convexities, double squared_norm, double row_norm, double *curvatures,
+    double *largest, double *energies, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
 ) {
     double *sums = malloc(count * rows * sizeof(double)); /* added up in order, whoever computed them */
-    for (int64_t i = 0; i < count; i++) largest[i] = 0;
+    for (int64_t i = 0; i < count; i++) largest[i] = curvatures[i] = 0;
     const int64_t blocks_each = count >= threads ? 1 : threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t block = 0; block < count * blocks_each; block++) {
@@ -215,8 +222,8 @@ void NAME(tv_relative)(
             (REAL)(row_norm / sqrt(convexities[i]))};
         const REAL nu2 = smoothing * smoothing;
         const NAME(Vector) zero = {0}, least = zero + LEAST, one_each = zero + 1, furthest = zero + s.row;
-        NAME(Vector) best = zero;
-        INDICES sound = ~(INDICES){0};
+        NAME(Vector) best = zero, sharpest = zero;
+        INDICES sound = ~(INDICES){0}, curved_sound = sound;
         for (int64_t row = part.from; row < part.to; row++) {
             const int64_t at = (i * rows + row) * width, down = row % height < height - 1 ? width : 0;
             NAME(Vector) energy = zero;
@@ -230,12 +237,10 @@ void NAME(tv_relative)(
                 const NAME(Vector) reach = NAME(smaller)(NAME(inverse_root)(NAME(larger)(curved, least)), furthest);
                 const NAME(Vector) far = s.radius * reach;
                 const NAME(Vector) low = NAME(larger)(length - far, zero), high = length + far;
-                NAME(Vector) value;
-                if (!q) {
-                    /* per radius, whose powers may underflow */
-                    const NAME(Vector) aside = NAME(smaller)(NAME(inverse_root)(NAME(larger)(flat, least)), furthest);
-                    value = NAME(relative_norm)(&s, low, high, reach, aside * length);
-                } else {
+                /* per radius, whose powers may underflow */
+                const NAME(Vector) aside = NAME(smaller)(NAME(inverse_root)(NAME(larger)(flat, least)), furthest);
+                NAME(Vector) curvature = NAME(relative_norm)(&s, low, high, reach, aside * length), value = zero;
+                if (q) {
                     const REAL end = q[at + width - 1];
                     const NAME(Vector) v = NAME(load_some)(q + here, n, end);
                     const NAME(Vector) dx = (n > LANES ? NAME(load)(q + here + 1) : MOVED_DOWN(v)) - v;
@@ -252,20 +257,22 @@ void NAME(tv_relative)(
                     energy += (cross * cross + square * (nu2 * one * one)) * one;
                 }
                 if (n < LANES) {
-                    REAL values[LANES];
-                    NAME(store)(values, value);
-                    value = NAME(load_some)(values, n, 0);
+                    REAL values[2][LANES];
+                    NAME(store)(values[0], value), NAME(store)(values[1], curvature);
+                    value = NAME(load_some)(values[0], n, 0), curvature = NAME(load_some)(values[1], n, 0);
                 }
-                best = NAME(larger)(value, best);
+                best = NAME(larger)(value, best), sharpest = NAME(larger)(curvature, sharpest);
                 sound &= (INDICES)((value >= zero) & (value < zero + INFINITY));
+                curved_sound &= (INDICES)((curvature >= zero) & (curvature < zero + INFINITY));
             }
             sums[i * rows + row] = NAME(total)(energy);
         }
-        REAL most = 0;
-        for (int64_t k = 0; k < LANES; k++) most = !sound[k] ? INFINITY : best[k] > most ? best[k] : most;
-        const double found = q ? most : most * radii[i];
+        const double found = NAME(largest_of)(best, sound), curved = NAME(largest_of)(sharpest, curved_sound);
 #pragma omp critical
-        if (found > largest[i]) largest[i] = found;
+        {
+            if (found > largest[i]) largest[i] = found;
+            if (curved > curvatures[i]) curvatures[i] = curved;
+        }
     }
     for (int64_t i = 0; i < count; i++) energies[i] = sum(sums + i * rows, rows);
     free(sums);

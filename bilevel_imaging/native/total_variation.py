@@ -215,11 +215,11 @@ def relative_change(
     squared_norm: float,
     row_norm: float,
     q: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Largest change of the Hessian relative to itself for ||e||_H <= radius, and <q, D^T phi''(Dx) D q>.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest changes of the Hessian relative to itself for ||e||_H <= radius, and <q, D^T phi''(Dx) D q>.
 
-    Along e, to be divided by the radius, with ``q=None``; else along q ``(B, C, H, W)``, per ||e||_H. The formulas are
-    those of ``regularizers.relative_curvature``.
+    Along e, per radius; along q ``(B, C, H, W)``, per ||e||_H. The formulas are those of
+    ``regularizers.relative_curvature``.
 
     Args:
         unit: of the point, see :func:`linearize`.
@@ -233,13 +233,13 @@ def relative_change(
         q: direction, or ``None``.
 
     Returns:
-        The two, float64 ``(B,)``; the second is 0 with ``q=None``, and has no factor weight.
+        The three, float64 ``(B,)``; the last two are 0 with ``q=None``, and the last has no factor weight.
     """
     unit, reciprocal = unit.contiguous(), reciprocal.contiguous()
     batch, channels, height, width = unit.shape[1:]
     q = None if q is None else q.contiguous()
     radius, strong_convexity = radius.double().contiguous(), strong_convexity.double().contiguous()
-    bounds = torch.empty((2, batch), dtype=torch.float64)
+    bounds = torch.empty((3, batch), dtype=torch.float64)
     kernel = function("tv_relative", unit.dtype)
     kernel(
         pointer(unit),
@@ -255,7 +255,7 @@ def relative_change(
         *integers(batch, channels * height, height, width),
         threads(),
     )
-    return bounds[0], bounds[1]
+    return bounds[0], bounds[1], bounds[2]
 
 
 def _samples_contiguous(field: Tensor) -> Tensor:

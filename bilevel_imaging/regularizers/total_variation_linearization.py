@@ -149,7 +149,7 @@ class TotalVariationLinearization(Linearization):
         stacked = (torch.stack(components, 1) if components else radius.new_zeros((len(radius), 0))).to(q.dtype)
         return Directional((weight * at.hessian).to(q.dtype), stacked.norm(dim=1), stacked)
 
-    def _native_change(self, radius: Tensor, mu: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _native_change(self, radius: Tensor, mu: Tensor, q: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return native.relative_change(
             self.unit,
             self.reciprocal,
@@ -210,7 +210,7 @@ class TotalVariationLinearization(Linearization):
 
     def relative_curvature(self, radius: Tensor, strong_convexity: Tensor) -> Tensor:
         if self._is_native(self.unit):
-            return self._native_change(radius, strong_convexity)[0] / radius.double()
+            return self._native_change(radius, strong_convexity)[0]
         at, far, across = self._local_lengths(radius, strong_convexity)
         # De stays parallel to itself while z_t = z + t De turns: |De x z_t| = |De x z|
         change = relative_norm(at, far, across * at.length if self.regularizer.isotropic else None)
@@ -218,10 +218,11 @@ class TotalVariationLinearization(Linearization):
 
     def local_change(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> LocalChange:
         if self._is_native(q):
-            hessian, energy = self._native_change(radius, strong_convexity, q)
+            curvature, hessian, energy = self._native_change(radius, strong_convexity, q)
         else:
-            hessian, energy = self._change_along(q, radius, strong_convexity)
-        return change_along(hessian, self.weight.double() * energy, self.regularizer.trainable(), q)
+            curvature, (hessian, energy) = None, self._change_along(q, radius, strong_convexity)
+        change = change_along(hessian, self.weight.double() * energy, self.regularizer.trainable(), q)
+        return replace(change, curvature=curvature)
 
     def _change_along(self, q: Tensor, radius: Tensor, strong_convexity: Tensor) -> tuple[Tensor, Tensor]:
         """Largest relative change along q, and <q, D^T phi'' D q> without the weight, ``(B,)``."""

@@ -14,11 +14,13 @@ class SquaredError:
         smoothness: Lipschitz constant of the gradient in x, 1.
         convex: True.
         nonnegative: True, so that certified intervals end at 0.
+        squared_error: True: compiled code may form it itself.
     """
 
     smoothness: float = 1.0
     convex: bool = True
     nonnegative: bool = True
+    squared_error: bool = True
 
     def __call__(self, x: Tensor, x_true: Tensor) -> Tensor:
         """``(B, *image)`` twice to ``(B,)``."""
