@@ -353,3 +353,39 @@ def test_compiled_systems_are_those_of_products(physics):
     r = v.clone()
     stencil.solve(torch.zeros_like(v), r, v.clone(), states, 3, v)  # nothing to do: the residual of 0 is v
     assert torch.equal(r, v)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("difference", [False, True])
+def test_energies_of_one_pass(shape, dtype, difference):
+    """Against derivatives in float64 at the same numbers."""
+    weight, smoothing, mu = 0.1, 0.03, 1.01
+    x, q, b, other, residual = (photograph(shape, dtype, seed) - 0.3 for seed in range(5))
+    with torch.no_grad():
+        at = bi.TotalVariation(weight, smoothing).linearize(x.double())
+        product = at.hvp(q.double()) + mu * q.double()
+        slope = x.double() - other.double() if difference else other.double()
+        options = {"constant": mu, "weight": weight, "smoothing": smoothing}
+        found = native.measure(x, q, b, other, **options, strong_convexity=mu, residual=residual, difference=difference)
+        own, columns = found.energies, at.mixed_columns()
+        strong_convexity = torch.full((shape[0],), mu, dtype=torch.float64)
+        up = 1 + 1e-4  # which the linearization adds
+        expected = {
+            "residual_norm": (found.residual_norm, norm(slope - product)),
+            "products": (found.products, products(columns, q.double())),
+            "adjoint": (own.adjoint, inner(q.double(), product)),
+            "drift": (own.drift, norm(slope - product - residual.double())),
+            "misfit": (own.misfit, norm(x.double() - b.double())),
+            "columns": (up * own.columns, at.mixed_energy_norms()),
+            "split": (up * own.split, at.split_energy_norms(strong_convexity)),
+            "loss_grad_norm": (own.loss_grad_norm, norm(slope)),
+            "largest": (own.largest, x.double().abs().flatten(1).amax(1)),
+        }
+        for name, (fast, slow) in expected.items():
+            torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+        if not difference:  # the numbers of the classical certificate are the same
+            classical = native.measure(x, q, b, other, **options)
+            assert classical.energies is None
+            torch.testing.assert_close(classical.gram, found.gram, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(classical.residual_norm, found.residual_norm, rtol=1e-12, atol=1e-13)

@@ -16,6 +16,7 @@ from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.linear_solvers import ConjugateGradient
 from bilevel_imaging.lower_solvers import NewtonCG
 from bilevel_imaging.tensors import length, norm
+from bilevel_imaging.upper_level import MAID, ProblemObjective
 
 F32, F64 = torch.float32, torch.float64
 
@@ -226,3 +227,97 @@ def test_classical_certificates_of_many_parameters():
     unknown = bi.hypergradient(problem, plain_loss, x_true, error_tol=1.0, certificate="classical")
     assert not unknown.certified and "smoothness" in unknown.reason
     assert all(torch.allclose(g, h.grad[name], rtol=1e-3, atol=1e-3 * h.norm) for name, g in unknown.grad.items())
+
+
+def denoising(scale: float = 1.0) -> tuple[bi.LowerLevelProblem, torch.Tensor]:
+    x_true = photographs(F32)
+    noise = torch.randn(x_true.shape, generator=torch.Generator().manual_seed(1))
+    energy = bi.VariationalEnergy(bi.TotalVariation(0.1 * scale, 0.01 * scale), ridge=1e-3)
+    return energy.bind(scale * (x_true + 0.1 * noise), deepinv.physics.Denoising()), scale * x_true
+
+
+@pytest.mark.skipif(bi.native_kernels() != "native", reason="no compiled kernels on this machine")
+@pytest.mark.parametrize("loss", ["squared error", "another"])
+@pytest.mark.parametrize("error_tol", [1e-1, 1e-3])
+def test_one_pass_measures_what_an_evaluation_finds(loss, error_tol, monkeypatch):
+    class Another(bi.SquaredError):
+        smoothness = 3.0
+
+        def __call__(self, x, x_true):
+            return 3 * super().__call__(x, x_true)
+
+        def grad(self, x, x_true):
+            return 3 * super().grad(x, x_true)
+
+    problem, x_true = denoising()
+    loss = bi.SquaredError() if loss == "squared error" else Another()
+    options = {"error_tol": error_tol, "residual_tol": error_tol, "certificate": "auto"}
+    passes, measure = [], type(problem).measure
+    monkeypatch.setattr(type(problem), "measure", lambda *a, **k: passes.append(1) or measure(*a, **k))
+    fast = bi.hypergradient(problem, loss, x_true, **options)
+    assert len(passes) == 1
+    monkeypatch.setattr(type(problem), "measures", False)
+    slow = bi.hypergradient(problem, loss, x_true, **options)
+    assert len(passes) == 1 and torch.equal(fast.x, slow.x) and torch.equal(fast.q, slow.q)
+    for name, g in fast.grad.items():
+        assert float(g) == pytest.approx(float(slow.grad[name]), rel=1e-6)
+    assert fast.bounds.keys() == slow.bounds.keys() and fast.certificate == slow.certificate
+    for name, bound in fast.bounds.items():  # the balls on which derivatives change differ a little
+        assert bound == pytest.approx(slow.bounds[name], rel=0.02), name
+    assert fast.loss == pytest.approx(slow.loss, rel=1e-9)
+    width = slow.loss_interval[1] - slow.loss_interval[0]
+    assert fast.loss_interval == pytest.approx(slow.loss_interval, abs=0.02 * width)
+    assert torch.allclose(fast.lower.distance_bound, slow.lower.distance_bound, rtol=1e-2)
+
+
+@pytest.mark.skipif(bi.native_kernels() != "native", reason="no compiled kernels on this machine")
+def test_numbers_out_of_the_range_of_one_pass_are_evaluated_otherwise():
+    """Inner products of columns of J would be 1e-28 there."""
+    scale = 2.0**-50
+    (problem, x_true), (usual, x_usual) = denoising(scale), denoising()
+    h = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=0.2)
+    reference = bi.hypergradient(usual, bi.SquaredError(), x_usual, relative=1e-6)
+    assert h.certified and 0 < h.bound <= 0.2 * h.norm
+    error = sum((g.double() / scale**2 - reference.grad[n]).square() for n, g in h.grad.items()) ** 0.5
+    assert float(error) <= h.bound / scale**2 + reference.bound
+
+
+@pytest.mark.skipif(bi.native_kernels() != "native", reason="no compiled kernels on this machine")
+def test_the_aim_follows_the_estimate_near_stationary_points(monkeypatch):
+    """A rough adjoint makes the norm of a small hypergradient many times too large; the evaluation comes after that."""
+    energy, x_true, y, physics = deblurring(F64)
+    problem, method = energy.bind(y, physics), MAID()
+    objective, first = ProblemObjective(problem, bi.SquaredError(), x_true), None
+    for _ in range(5):
+        first = first or bi.hypergradient(problem, bi.SquaredError(), x_true, relative=0.01)
+        method.step(objective)
+    evaluations, refined = [], refinement.estimate
+    monkeypatch.setattr(refinement, "estimate", lambda *a, **k: evaluations.append(refined(*a, **k)) or evaluations[-1])
+    h = bi.hypergradient(problem, bi.SquaredError(), x_true, relative=0.3)
+    assert h.bound <= 0.3 * h.norm and h.norm < 0.05 * first.norm and len(evaluations) == 1
+
+
+class _Doubled(bi.SquaredError):
+    def __call__(self, x, x_true):
+        return 2 * super().__call__(x, x_true)
+
+    def grad(self, x, x_true):
+        return 2 * super().grad(x, x_true)
+
+
+class _DoubledWithHVP(_Doubled):
+    def hvp(self, x, x_true, v):
+        return 2 * v
+
+
+def test_what_a_loss_inherits_is_not_said_of_its_own_values():
+    x, x_true, v = (torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(k), dtype=F64) for k in range(3))
+    assert LossOracle(bi.SquaredError(), x_true, x.shape).squared_error
+    for loss, factor in ((bi.SquaredError(), 1), (_Doubled(), 2), (_DoubledWithHVP(), 2)):
+        oracle = LossOracle(loss, x_true, x.shape)
+        assert oracle.squared_error == (factor == 1)
+        assert torch.allclose(oracle.hvp(x, v), factor * v, rtol=1e-12)
+    linear = LossOracle(lambda x, x_true: (x - x_true).flatten(1).sum(1), x_true, x.shape)
+    quartic = LossOracle(lambda x, x_true: (x - x_true).pow(4).flatten(1).sum(1), x_true, x.shape)
+    assert torch.equal(linear.hvp(x, v), torch.zeros_like(v))
+    assert torch.allclose(quartic.hvp(x, v), 12 * (x - x_true).square() * v, rtol=1e-12)
