@@ -204,9 +204,10 @@ static double NAME(largest_of)(NAME(Vector) best, INDICES sound) {
 }
 
 /* Largest relative change of the Hessian of sample i over the ball ||e||_H <= radius: per radius along every e of the
-   ball, and where there is a q along q, with <q, D^T phi'' D q>. A value that is not finite makes it infinite. */
+   ball, and where there is a q along q, with <q, D^T phi'' D q>. A value that is not finite makes it infinite. Lengths are
+   in units of one that makes powers of the smoothing harmless; `reciprocal` alone comes as it is. */
 void NAME(tv_relative)(
-    const REAL *unit, int64_t apart, const REAL *reciprocal, const REAL *q, REAL weight, REAL smoothing,
+    const REAL *unit, int64_t apart, const REAL *reciprocal, REAL one_length, const REAL *q, REAL weight, REAL smoothing,
     const double *radii, const double *convexities, double squared_norm, double row_norm, double *curvatures,
     double *largest, double *energies, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
 ) {
@@ -230,7 +231,7 @@ void NAME(tv_relative)(
             for (int64_t j = 0; j < width; j += LANES) {
                 const int64_t here = at + j, n = width - j;
                 const NAME(Vector) n0 = NAME(load_some)(unit + here, n, 0), n1 = NAME(load_some)(unit + apart + here, n, 0);
-                const NAME(Vector) one = NAME(load_some)(reciprocal + here, n, 1);
+                const NAME(Vector) one = one_length * NAME(load_some)(reciprocal + here, n, 1);
                 const NAME(Vector) squared = n0 * n0 + n1 * n1, size = NAME(root)(squared); /* |n| */
                 const NAME(Vector) length = size * NAME(inverse)(one);
                 const NAME(Vector) curved = weight * nu2 * one * (one * one) + s.floor, flat = weight * one + s.floor;

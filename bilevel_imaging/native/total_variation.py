@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -238,15 +239,17 @@ def relative_change(
     unit, reciprocal = unit.contiguous(), reciprocal.contiguous()
     batch, channels, height, width = unit.shape[1:]
     q = None if q is None else q.contiguous()
-    radius, strong_convexity = radius.double().contiguous(), strong_convexity.double().contiguous()
+    length = 2.0 ** math.frexp(smoothing)[1]  # exact: only what would leave the range changes
+    radius, strong_convexity = (radius.double() / length).contiguous(), strong_convexity.double().contiguous()
     bounds = torch.empty((3, batch), dtype=torch.float64)
     kernel = function("tv_relative", unit.dtype)
     kernel(
         pointer(unit),
         *integers(unit.stride(0)),
         pointer(reciprocal),
+        *reals(unit.dtype, length),
         pointer(q),
-        *reals(unit.dtype, weight, smoothing),
+        *reals(unit.dtype, weight / length, smoothing / length),
         pointer(radius),
         pointer(strong_convexity),
         ctypes.c_double(squared_norm),
@@ -255,7 +258,7 @@ def relative_change(
         *integers(batch, channels * height, height, width),
         threads(),
     )
-    return bounds[0], bounds[1], bounds[2]
+    return tuple(bounds / length)
 
 
 def _samples_contiguous(field: Tensor) -> Tensor:
