@@ -298,7 +298,7 @@ def test_resume_after_sigkill_is_bit_for_bit(more, tmp_path):
         ("--upper.method=adam --upper.sampling_binary=2", "upper.sampling_binary: expected upper.sampling_penalty > 0"),
         (
             '--upper.options={"foo":1,"memory":2}',
-            "upper.options: maid does not take foo. Allowed: decrease, memory, largest_move.",
+            "upper.options: maid does not take foo. Allowed: decrease, memory, model, largest_move.",
         ),
         ('--upper.method=hoag --upper.options={"foo":1}', "upper.options: hoag does not take foo. Allowed: schedule, "),
         (

@@ -30,6 +30,7 @@ from bilevel_imaging.upper_level.certified_steps import (
 )
 from bilevel_imaging.upper_level.plateaus import flat_moves
 from bilevel_imaging.upper_level.quasi_newton import InverseHessian, assign, curvature_at_end, flatten
+from bilevel_imaging.upper_level.sensitivities import FEW_PARAMETERS
 from bilevel_imaging.upper_level.slope import Ahead, Slope
 from bilevel_imaging.upper_level.trust_region_models import trust_region_step
 
@@ -45,8 +46,8 @@ SUFFICIENT = 0.1
 # factor of steps that are too short to tell what they do
 LENGTHEN = 10.0
 MODELS = ("auto", "gauss_newton", "secant")
-# up to this many parameters, "auto" solves for dx*/dtheta; relative residuals of these linear systems
-FEW_PARAMETERS, SENSITIVITY = 4, 0.1
+# relative residuals of the linear systems for dx*/dtheta
+SENSITIVITY = 0.1
 # change of one parameter by the first step, and by any
 FIRST_MOVE, LARGEST_MOVE = 1.0, 2.0
 

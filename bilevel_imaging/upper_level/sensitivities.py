@@ -17,8 +17,8 @@ from bilevel_imaging.linear_solvers import BlockConjugateGradient, ConjugateGrad
 from bilevel_imaging.tensors import norm, products
 from bilevel_imaging.upper_level.base import Objective, SampledObjective, Samples
 
-# one linear system per parameter and image: more than this many are not solved
-MOST_PARAMETERS = 100
+# one linear system per parameter and image: more than this many are not solved; up to so many one after another
+MOST_PARAMETERS, FEW_PARAMETERS = 100, 4
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def sensitivities(
         before: derivatives at a theta near by, where the solver starts; nothing for 0.
 
     Returns:
-        batches of images, and the work: one gradient per image, the columns of J, and products shared by all columns
-        (see :class:`BlockConjugateGradient`).
+        batches of images, and the work: one gradient per image, the columns of J, and products, which many columns and
+        preconditioned ones share (see :class:`BlockConjugateGradient`).
 
     Raises:
         ValueError: several processes share the images.
@@ -74,7 +74,8 @@ def derivative(samples: Samples, relative: float, start: Tensor | None = None) -
     linearization = samples.problem.linearize(samples.x)
     rhs = -_mixed_columns(samples.problem, linearization, samples.x)
     tolerance = relative * norm(rhs.flatten(0, 1)).reshape(rhs.shape[:2])
-    if linearization.stencil() is not None:  # whole runs in compiled code cost less than products shared
+    if rhs.shape[1] <= FEW_PARAMETERS and linearization.preconditioner() is None:
+        # whole runs, in compiled code where there is some, cost less than what sharing products saves
         solver, starts = ConjugateGradient(), itertools.repeat(None) if start is None else start.unbind(1)
         systems = zip(rhs.unbind(1), tolerance.unbind(1), starts, strict=False)
         return torch.stack([solver.begin(linearization, b.contiguous(), tol, q0=q0).q for b, tol, q0 in systems], 1)
