@@ -144,8 +144,8 @@ def estimate(
             alone = replace(partial, hessian=torch.full_like(size, torch.inf), local=local)
             alone = _certify_local(alone, q_norm)
             bound, goal = alone.bounds["local"], None if many else enough(alone.norm)
-            # no Euclidean bound has a smaller part from the residual
-            if many or float(bound.total.mean()) <= goal or float(bound.linear.mean()) > goal:
+            # the part of a Euclidean bound from the residual is at most that much smaller: ||J|| for all columns
+            if many or float(bound.total.mean()) <= goal or float(bound.linear.mean()) > len(alone.flat) ** 0.5 * goal:
                 return replace(alone, loss_interval=_loss_interval(alone, alone.hessian))
     if gradient and point.reason:
         return partial

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,10 +113,15 @@ class Point:
 
     @cached_property
     def rhs(self) -> Tensor:
-        """grad f in the dtype of solvers, to their accuracy."""
-        if self.given is not None and self.loss.x_true.dtype == self._x.dtype:
+        """grad f in the dtype of solvers, rounded once."""
+        if self._forms_loss:
             return self.loss.grad(self._x)
         return self.loss_grad.to(self.working.grad.dtype)
+
+    @property
+    def _forms_loss(self) -> bool:
+        """Whether grad f is the difference of two images of the dtype of the data."""
+        return self.given is not None and self.loss.squared_error and self.loss.x_true.dtype == self._x.dtype
 
     @cached_property
     def linearization(self) -> Linearization:
@@ -140,27 +144,25 @@ class Point:
                 self.measures = False
                 return None
             self.take(found, rounding, q)
+            if self._forms_loss and found.energies is not None:
+                self.loss_grad_norm = found.energies.loss_grad_norm
+                self.loss_value = 0.5 * self.loss_grad_norm.square()
             self._measured = q, found
         return self._measured[1]
 
     def _measure(self, q: Tensor, residual: Tensor | None) -> tuple[Measured, Tensor]:
         """In numbers of the dtype of the data, read as they are, where x and q are of these."""
         problem, x, self.loss_grad_unit = self.problem, self._x, 0.0
-        options: dict[str, Any] = {}
+        difference = False
         if self.given is None or q.dtype != x.dtype:
             x, loss_grad = self.x, self.loss_grad
-        elif self.loss.squared_error and self.loss.x_true.dtype == x.dtype:
-            problem, loss_grad, options = self.given, self.loss.x_true, {"difference": True}
+        elif self._forms_loss:
+            problem, loss_grad, difference = self.given, self.loss.x_true, True
         else:
             problem, loss_grad = self.given, self.loss_grad.to(x.dtype)
             self.loss_grad_unit = 0.5 * torch.finfo(x.dtype).eps
         own = None if residual is None else residual.to(x.dtype)
-        found, rounding = problem.measure(x, q.to(x.dtype), loss_grad, residual=own, local=True, **options)
-        if options:
-            assert found.energies is not None
-            self.loss_grad_norm = found.energies.loss_grad_norm
-            self.loss_value = 0.5 * self.loss_grad_norm.square()
-        return found, rounding
+        return problem.measure(x, q.to(x.dtype), loss_grad, residual=own, difference=difference, local=True)
 
     def in_range(self, measured: Measured) -> bool:
         """Whether squares of what was measured are far from the limits of numbers."""
