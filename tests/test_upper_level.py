@@ -461,6 +461,7 @@ class Bent(Known):
     """Tells a Gauss-Newton matrix: F'' times a factor, or nothing."""
 
     factor: float | None = 1.0
+    gauss_newton_pays = True
 
     def gauss_newton(self, relative: float) -> tuple[torch.Tensor, Cost] | None:
         return None if self.factor is None else (self.factor * torch.diag(self.diagonal), Cost(hvps=7))
@@ -497,6 +498,9 @@ def test_gauss_newton_models_that_are_not_to_be_had():
     with pytest.raises(ValueError, match="choose model='secant'"):
         MAID(model="gauss_newton").step(objective)
     assert MAID().step(objective).accepted
+    objective = Bent([0.5], [1.0])
+    objective.gauss_newton_pays = False
+    assert MAID().step(objective).cost.hvps < 7
     objective = Bent([0.5], [1.0])
     objective.gauss_newton = lambda relative: (torch.full((1, 1), torch.nan, dtype=torch.float64), Cost())
     assert MAID().step(objective).accepted

@@ -119,6 +119,11 @@ class LowerLevelProblem(abc.ABC):
         return coarse if bool(enough.all()) else torch.where(enough, coarse, self.gradient_rounding(x))
 
     @property
+    def has_whole_runs(self) -> bool:
+        """Whether whole solves of such problems have been written as compiled code, used on this machine or not."""
+        return False
+
+    @property
     def measures(self) -> bool:
         """Whether there is a ``measure``."""
         return False

@@ -238,6 +238,10 @@ class VariationalProblem(LowerLevelProblem):
         return 4 * torch.finfo(self.dtype).eps * scale
 
     @property
+    def has_whole_runs(self) -> bool:
+        return self.regularizer.has_whole_runs and self.data.expanded() is not None
+
+    @property
     def measures(self) -> bool:
         return isinstance(self.data, IdentityTerm) and self.regularizer.measures and native.serves(self.data.y)
 

@@ -151,6 +151,11 @@ class Regularizer(deepinv.optim.Prior, abc.ABC):
         return None
 
     @property
+    def has_whole_runs(self) -> bool:
+        """Whether ``descent`` has been written for it, used on this machine or not."""
+        return False
+
+    @property
     def measures(self) -> bool:
         """Whether there is a ``measure``."""
         return False

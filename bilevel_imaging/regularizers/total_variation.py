@@ -110,6 +110,10 @@ class TotalVariation(Regularizer):
         return native.Descent(quadratic, float(weight), float(smoothing))
 
     @property
+    def has_whole_runs(self) -> bool:
+        return self.is_plain
+
+    @property
     def measures(self) -> bool:
         return self.is_plain and self.log_weight.requires_grad and self.log_smoothing.requires_grad
 

@@ -123,6 +123,11 @@ class MeanObjective(abc.ABC):
         """Whether an image comes to another process the next time, so that all of them keep all warm starts."""
         return False
 
+    @property
+    def gauss_newton_pays(self) -> bool:
+        """See :class:`CurvedObjective`: where solves are compiled, all else takes most of the time of a step."""
+        return False
+
     @abc.abstractmethod
     def _next_chunks(self) -> list[Chunk]:
         """What the next hypergradient is the mean of: the share of this process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bilevel_imaging.checks import whole
 from bilevel_imaging.cost import Cost
 from bilevel_imaging.data import ImagePairs
 from bilevel_imaging.derivatives import Constants
-from bilevel_imaging.energies import VariationalEnergy
+from bilevel_imaging.energies import LowerLevelProblem, VariationalEnergy
 from bilevel_imaging.hypergradients import Hypergradient, loss_interval
 from bilevel_imaging.linear_solvers import LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolver
@@ -109,7 +110,16 @@ class BilevelObjective(MeanObjective):
         return super()._start(chunk)
 
     def constants(self) -> Constants:
-        return self._chunk(self.pairs.batch(self._order[0][:1])).problem.constants()
+        return self._one_problem().constants()
+
+    @cached_property
+    def gauss_newton_pays(self) -> bool:
+        problem = self._bound[0].problem if self._bound else self._one_problem()
+        return problem.has_whole_runs
+
+    def _one_problem(self) -> LowerLevelProblem:
+        """That of one image, which every process has."""
+        return self._chunk(self.pairs.batch(self._order[0][:1])).problem
 
     def value(self, error_tol: float) -> CertifiedValue:
         """Certified interval of F over all pairs at the current theta, lower level solved to ``error_tol``.

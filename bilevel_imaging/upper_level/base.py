@@ -61,7 +61,12 @@ class CurvedObjective(Objective, Protocol):
     """An objective that also tells how much it bends, for methods that need no scale then.
 
     ``bilevel_imaging.training.BilevelObjective`` implements it.
+
+    Attributes:
+        gauss_newton_pays: whether fewer steps are worth what a matrix costs; the same on every device.
     """
+
+    gauss_newton_pays: bool
 
     def gauss_newton(self, relative: float) -> tuple[Tensor, Cost] | None:
         """Mean over the images of W^T f'' W with W = dx*/dtheta at the theta of the last hypergradient, and the work.

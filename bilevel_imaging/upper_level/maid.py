@@ -68,10 +68,11 @@ class MAID(UpperLevelMethod):
     fails, here every trial is accepted (F_hi(new) <= F_lo(old) - c t <h, P h>), rejected for sure (F_lo(new) >
     F_hi(old) - t <h, P h> / 10: it can't be a good step), or undecided, and only undecided trials are tightened.
     After a step that took its first trial at once, the next trial is judged by the hypergradient there, which the step
-    after it begins with. With few parameters steps are Gauss-Newton steps, from derivatives of the minimizers; else
-    directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the curvature at the ends of
-    the steps, where that exceeds the certified errors. A loss is positive: no step is so long that its slope promises
-    more than all of it. Accuracies and the first step come from the problem: nothing needs tuning.
+    after it begins with. With few parameters and solves in compiled code steps are Gauss-Newton steps, from derivatives
+    of the minimizers; else directions are preconditioned by the sizes of the entries of h and by L-BFGS built from the
+    curvature at the ends of the steps, where that exceeds the certified errors. A loss is positive: no step is so long
+    that its slope promises more than all of it. Accuracies and the first step come from the problem: nothing needs
+    tuning.
 
     Args:
         relative: hypergradients are refined until bound <= relative * ||h|| (C = 1 - eta of the descent test), < 1;
@@ -81,7 +82,8 @@ class MAID(UpperLevelMethod):
         memory: L-BFGS pairs; 0 for plain descent directions.
         model: "gauss_newton" (a linear system per parameter and image in every step; needs an objective that tells its
             :meth:`~bilevel_imaging.upper_level.CurvedObjective.gauss_newton`), "secant" (``memory``), or "auto": the
-            first for up to 4 parameters where the objective can, unless ``memory`` is 0.
+            first for up to 4 parameters where the objective says that it pays (isotropic total variation of single
+            channels for denoising, deblurring and inpainting), unless ``memory`` is 0.
         largest_move: largest change of one parameter in one step (parameters are logarithms or of order 1).
         stationarity_tol: stop when ||grad F|| is certified to be at most this, plateau or not; ``None`` for never.
 
@@ -199,7 +201,8 @@ class MAID(UpperLevelMethod):
         """The Gauss-Newton matrix where steps are made of that, and the hypergradient with its work."""
         wanted = self.model == "gauss_newton"
         if self.model == "auto" and self.inverse is not None:
-            wanted = h.parameters <= FEW_PARAMETERS and isinstance(objective, CurvedObjective)
+            curved = isinstance(objective, CurvedObjective) and objective.gauss_newton_pays
+            wanted = h.parameters <= FEW_PARAMETERS and curved
         if not wanted or self.misled or h.norm == 0:
             return h, None
         found = cast(CurvedObjective, require_problems(objective, "gauss_newton")).gauss_newton(SENSITIVITY)
