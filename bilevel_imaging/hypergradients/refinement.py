@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -10,42 +9,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel_imaging import certificates
-from bilevel_imaging.certificates import LocalMeasurements
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.hypergradients.evaluation import (
-    ENERGY_SLACK,
-    Estimate,
-    adjoint_gradient,
-    estimate,
-    forecast,
-    measured_dual_residual,
-)
+from bilevel_imaging.hypergradients import aiming
+from bilevel_imaging.hypergradients.aiming import LARGEST_FACTOR, LOWER_LIMIT, LOWER_SHARE, SMALLEST_FACTOR
+from bilevel_imaging.hypergradients.evaluation import ENERGY_SLACK, Estimate, estimate
 from bilevel_imaging.hypergradients.loss import LossOracle
 from bilevel_imaging.hypergradients.plain import classical
 from bilevel_imaging.hypergradients.point import Point
 from bilevel_imaging.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver
 from bilevel_imaging.lower_solvers import LowerSolution, LowerSolver, NewtonCG
-from bilevel_imaging.tensors import entries, inner, length, norm, per_sample
+from bilevel_imaging.tensors import inner, norm, per_sample
 
-# a correction is solved to this fraction of its right-hand side at least, and to no less than the smallest factor
-LARGEST_FACTOR, SMALLEST_FACTOR = 0.2, 1e-2
-# of the bound aimed at, this part goes to the lower level, which is good enough below the limit; the rest is the
-# adjoint's
-LOWER_SHARE, LOWER_LIMIT = 0.4, 0.7
-# of what the lower level leaves of the goal, the part that the adjoint is aimed at
-ADJOINT_SHARE, LEAST_SHARE = 0.97, 0.2
-# curvature times distance from which the local certificate is nearly linear in the distance, and from which Newton's
-# method is expected to get there at once
-NEAR, REACH = 0.2, 10.0
 # parameters up to which the columns of J are expected to be at hand
 MANY_PARAMETERS = 64
-# Newton steps before the first evaluation, at most
-MAX_FIRST_STEPS = 2
-# how often both solves are aimed before it, at most: again where the aim fell below this part of the one before
-MAX_AIMS, MISSED = 4, 0.7
-# parts of the aim that the residual may be in what was measured, and that it is reduced to
-LINEAR_LIMIT, LINEAR_SHARE = 0.9, 0.8
 # relative accuracy that a single float32 solve can be asked for; more comes from repeated corrections
 FLOAT32_RELATIVE = 1e-5
 
@@ -114,15 +90,15 @@ class Refiner:
             return self._resumable(result, self.linear_solution)
         point = self.point(self.lower_solution.x)
         if aim is not None and not point.has_columns:
-            point = self._nearer(point)
+            point = aiming.nearer(self, point)
         rhs = point.rhs
         residual_tol = residual_tol * norm(rhs) if relative else residual_tol
         solve = self.linear.solve if aim is None else self.linear.begin
         self.linear_solution = solve(point.working, rhs, residual_tol, q0=q0)
         if aim is not None and self.quick:
-            self._measured_aim(point, rhs, aim)
+            aiming.by_measurement(self, point, rhs, aim)
         elif aim is not None:
-            point = self._aimed(point, rhs, aim)
+            point = aiming.by_forecast(self, point, rhs, aim)
         result = self._estimate(point, self.linear_solution)
         return self._resumable(result, self.linear_solution)
 
@@ -136,90 +112,11 @@ class Refiner:
         """Whether there are too many for columns of J."""
         return sum(p.numel() for p in self.problem.theta.values()) > MANY_PARAMETERS
 
-    def _nearer(self, point: Point) -> Point:
-        """Newton steps to where the local certificate is valid, if that is not far: without columns of J the others
-        are so large that they would ask for far more."""
-        for _ in range(MAX_FIRST_STEPS):
-            if point.constants.strong_convexity is None or point.relative_curvature is None or self._is_near(point):
-                break
-            if not self._in_reach(point):
-                break
-            point = self.newton_step(point, SMALLEST_FACTOR)
-        return point
-
-    def _aimed(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> Point:
-        """Newton steps where the lower level would keep the bound above the aim, then the adjoint for what is left.
-
-        Both rest on the local certificate of the adjoint solved so far; without it, nothing is done. Near a stationary
-        point a rough adjoint makes an estimate that is much too large, and so is the aim until a better one is known.
-        """
-        m = forecast(point, rhs, self._adjoint)
-        if m is None or not (bool(m.valid.all()) or self._in_reach(point)):
-            return point
-        before = math.inf
-        for _ in range(MAX_AIMS):
-            goal = aim(length(entries(adjoint_gradient(point, self._adjoint.q))))
-            if goal == 0 or goal > MISSED * before:
-                break
-            before, start, solution = goal, point, self._adjoint
-            point, m = self._toward(goal, point, m)
-            if point is start and self._adjoint is solution:
-                break
-        return point
-
-    def _measured_aim(self, point: Point, rhs: Tensor, aim: Callable[[float], float]) -> None:
-        """The adjoint until its residual alone would not keep the local bound above the aim, by what one pass measures:
-        the evaluation after that needs no other."""
-        for _ in range(MAX_AIMS):
-            solution = self._adjoint
-            measured = point.measured(solution.q, solution.residual)
-            if measured is None:
-                return
-            goal = aim(length(entries(adjoint_gradient(point, solution.q, measured))))
-            part = point.mixed_dual_norms.norm(dim=1) * measured_dual_residual(point, measured, solution)
-            share = float(part.mean()) / goal if goal > 0 else 0.0
-            if not LINEAR_LIMIT < share < math.inf:
-                return
-            residual_tol = self._attainable(LINEAR_SHARE / share * measured.residual_norm, point).to(rhs.dtype)
-            if not bool((residual_tol < solution.residual_norm).any()):
-                return
-            self.linear_solution = self.linear.resume(point.working, rhs, solution, residual_tol)
-
     @property
-    def _adjoint(self) -> LinearSolution:
+    def adjoint(self) -> LinearSolution:
+        """The last solution for the adjoint."""
         assert self.linear_solution is not None
         return self.linear_solution
-
-    def _toward(self, goal: float, point: Point, m: LocalMeasurements) -> tuple[Point, LocalMeasurements]:
-        """Both solves to a bound of ``goal``, of which at most the adjoint changes if that will do; ``m`` is known of
-        the point and the adjoint, and what is returned of those after."""
-        at, start, solution = point, point, self._adjoint
-        lower = _lower_part(m, point)
-        for _ in range(MAX_FIRST_STEPS):
-            if float(lower.mean()) <= LOWER_LIMIT * goal:
-                break
-            wanted, _ = self._local_targets(m, point, solution.q, goal)
-            factor = wanted / point.dual_grad_norm.clamp(min=1e-300)
-            point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
-            if not bool(m.valid.all()):
-                at, found = point, forecast(point, point.rhs, solution)
-                m = m if found is None else found
-            lower = _lower_part(m, point)
-        residual_tol = solution.residual_norm
-        if bool(m.valid.all()):
-            left = ADJOINT_SHARE * max(goal - float(lower.mean()), LEAST_SHARE * goal)
-            part = certificates.local(m)[0].total - (lower if point is at else _lower_part(m, at))
-            tighter = (left / part.clamp(min=1e-300)).nan_to_num(nan=1.0).clamp(max=1.0)
-            residual_tol = residual_tol * tighter.to(residual_tol.dtype)
-        rhs = point.rhs
-        if point is not start:
-            latest = self.linear.solve(point.working, rhs, self._attainable(residual_tol, point), q0=solution.q)
-            self.linear_solution = replace(latest, iterations=latest.iterations + solution.iterations)
-        elif bool((residual_tol < solution.residual_norm).any()):
-            residual_tol = self._attainable(residual_tol, point)
-            self.linear_solution = self.linear.resume(point.working, rhs, solution, residual_tol)
-        left_over = self._adjoint.residual_norm.double() / solution.residual_norm.double().clamp(min=1e-300)
-        return point, replace(m if point is at else _moved(m, point), residual_norm=m.residual_norm * left_over)
 
     def polish(self) -> None:
         """From here on adjoints are corrected by conjugate gradients, too.
@@ -321,7 +218,7 @@ class Refiner:
         self.resumable = (result, solution)
         return result
 
-    def _attainable(self, tol: Tensor, point: Point) -> Tensor:
+    def attainable(self, tol: Tensor, point: Point) -> Tensor:
         """A tolerance for the adjoint of the point."""
         return self._above_floor(tol, point.loss_grad_norm)
 
@@ -353,9 +250,9 @@ class Refiner:
         near = newton
         if "local" in names and current.local is not None:
             m = current.local
-            wanted, size = self._local_targets(m, point, current.q, goal)
+            wanted, size = aiming.local_targets(m, point, current.q, goal)
             slope = size * m.residual_norm / current.residual_norm.clamp(min=1e-300)
-            factor, near = wanted / point.dual_grad_norm.clamp(min=1e-300), newton or self._is_near(point)
+            factor, near = wanted / point.dual_grad_norm.clamp(min=1e-300), newton or aiming.is_near(point)
         if newton or not bool(enough.all()):
             if near:
                 point = self.newton_step(point, factor.clamp(SMALLEST_FACTOR, LARGEST_FACTOR))
@@ -368,45 +265,7 @@ class Refiner:
         )
         return self.correct_adjoint(point, current, residual_tol)
 
-    @staticmethod
-    def _is_near(point: Point) -> bool:
-        """Whether every sample is where Newton's method converges quadratically, by the local certificate."""
-        return bool(point.energy_distance.isfinite().all())
-
-    @staticmethod
-    def _in_reach(point: Point) -> bool:
-        """Whether Newton steps should soon make the local certificate valid, where it is not."""
-        curvature = point.curvature_on(torch.zeros_like(point.dual_grad_norm))
-        return bool((curvature * point.dual_grad_norm < REACH).all())
-
-    @staticmethod
-    def _local_targets(m: LocalMeasurements, point: Point, q: Tensor, goal: float) -> tuple[Tensor, Tensor]:
-        """||G||_{H^-1} at which the local bound meets its share of the goal, and that bound per ||r||_{H^-1}."""
-        hessian, energy, curvature = m.hessian, m.adjoint_energy, m.curvature
-        if not bool(m.valid.all()):  # the constants on a smaller ball, where the point will be
-            radius = torch.zeros_like(m.strong_convexity)
-            change, curvature = point.local_change(q, radius), point.curvature_on(radius)
-            hessian, energy = change.hessian, change.energy
-        size = m.mixed_norms.norm(dim=1)
-        per_distance = size * (m.loss_smoothness / m.strong_convexity + hessian)
-        per_distance = per_distance + m.slopes.norm(dim=-1) * energy
-        wanted = torch.minimum(LOWER_SHARE * goal / per_distance.clamp(min=1e-300), NEAR / curvature.clamp(min=1e-300))
-        return wanted, size
-
 
 def _known(tol: Tensor) -> Tensor:
     """No accuracy is asked for where overflow hides what it should be."""
     return tol.nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-
-def _moved(m: LocalMeasurements, point: Point) -> LocalMeasurements:
-    """The same adjoint's at a point near by, as far as that is known without it."""
-    return replace(
-        m, distance=point.energy_distance, curvature=point.relative_curvature, mixed_norms=point.mixed_dual_norms
-    )
-
-
-def _lower_part(m: LocalMeasurements, point: Point) -> Tensor:
-    """What the local bound would be at the point if the adjoint were solved exactly, ``(B,)``."""
-    moved = replace(_moved(m, point), residual_norm=torch.zeros_like(m.residual_norm))
-    return certificates.local(moved)[0].total
