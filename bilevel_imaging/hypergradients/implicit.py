@@ -358,10 +358,10 @@ def loss_interval(
         ValueError: shapes that do not fit.
     """
     oracle = LossOracle(loss, x_true, problem.shape)
-    refiner = Refiner(problem, oracle, NewtonCG(), ConjugateGradient())
+    refiner = Refiner(problem, oracle, NewtonCG(), ConjugateGradient(), measures=False)
     point = refiner.point(x)
     if error_tol is not None and refiner.exact is not problem and not point.value_reason:
-        target = as_per_sample(error_tol, point.x, "error_tol")
+        target = as_per_sample(error_tol, point.distance, "error_tol")
         for _ in range(MAX_CORRECTIONS):
             if bool((point.distance <= target).all()):
                 break

@@ -52,8 +52,8 @@ class Point:
     ``gradient_energy`` is a bound of ||G||_{H^-1}, ``(B,)``, from whoever computed x, rounding of G not included.
     ``accumulated``: how many numbers are added up in the dtype of ``problem`` for an entry of J^T q, if that counts.
     ``plain``: no more than the classical certificate needs, which takes ||G|| / mu for the distance.
-    Where the problem ``measures`` and solvers have a linearization of their own, one pass says everything once an
-    adjoint is known, and no image is made for it.
+    With ``measures``, where the problem does, one pass says everything once an adjoint is known, and no image is made
+    for it.
     A randomized bound made here appends the probability that it fails to ``failures``.
     """
 
@@ -68,9 +68,10 @@ class Point:
         failures: list[float] | None = None,
         plain: bool = False,
         given: LowerLevelProblem | None = None,
+        measures: bool = False,
     ):
         self.problem, self.loss, self.given, self._x = problem, loss, given, x
-        self.measures = problem.measures and not plain and working is not None
+        self.measures = measures and problem.measures
         if working is None:
             working = self.linearization = problem.linearize(self.x)
         self.working = working

@@ -43,8 +43,10 @@ class Refiner:
         thrifty: bool = False,
         plain: bool = False,
         enough: Callable[[float], float] | None = None,
+        measures: bool = True,
     ):
         self.thrifty, self.plain, self.enough = thrifty, plain, enough
+        self.measures = measures and not plain  # a value asks for less than one pass says
         self.problem, self.loss, self.lower, self.linear = problem, loss, lower, linear
         self.newton_solver = ConjugateGradient(preconditioner="auto")
         self.lower_solution: LowerSolution | None = None
@@ -105,7 +107,7 @@ class Refiner:
     @property
     def quick(self) -> bool:
         """Whether an evaluation is one pass of compiled code."""
-        return self.problem.measures and not self.plain and self.exact is not self.problem
+        return self.problem.measures and self.measures and self.exact is not self.problem
 
     @property
     def many_parameters(self) -> bool:
@@ -133,7 +135,8 @@ class Refiner:
         working = self.problem.linearize(x.to(self.problem.dtype))
         there = x.dtype == self.problem.dtype
         given = self.problem if there else None
-        return Point(self.exact, self.loss, x, working, there, failures=self.failures, plain=self.plain, given=given)
+        options = {"plain": self.plain, "given": given, "measures": self.measures}
+        return Point(self.exact, self.loss, x, working, there, failures=self.failures, **options)
 
     @staticmethod
     def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:
