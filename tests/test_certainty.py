@@ -233,3 +233,32 @@ def test_polished_sweep():
 def test_sweep_does_not_depend_on_the_number_of_processes():
     assert sweep.sweep(12, seed=2, workers=2) == sweep.sweep(12, seed=2)
     assert len(sweep.sweep(50, seed=2, workers=2, seconds=0)) == 1
+
+
+def test_bounds_by_way_of_a_better_estimate_hold_to_the_last_digit():
+    """Flat images, where the better one has no error at all: the distance to it is the error, but for its rounding."""
+    setting = sweep.Setting(
+        regularizer="tv_isotropic",
+        physics="weighting",
+        lower="accelerated_gradient",
+        linear="minres",
+        certificate="polished",
+        mode="tolerances",
+        error_tol=5.135757039725606e-06,
+        residual_tol=0.32436040561898477,
+        relative=0.43032861214291745,
+        dtype="float64",
+        parameters="float64",
+        batch=3,
+        channels=1,
+        size=(12, 10),
+        weight=27.202105753717706,
+        smoothing=0.05915751166578788,
+        ridge=0.0,
+        kind="flat",
+        max_iter=30,
+        spread=0.0,
+        seed=576654,
+    )
+    outcome = sweep.attempt(setting)
+    assert outcome.checks > 0 and not outcome.violations

@@ -162,6 +162,11 @@ def _distance(a: Estimate, b: Estimate) -> float:
     return length(a.flat - b.flat)
 
 
+def _by_way_of(better: Estimate, e: Estimate, better_bound: float) -> float:
+    """Bound of the error of e from that of a better one, however the sum of squares is rounded."""
+    return (_distance(better, e) + better_bound) * (1 + (len(e.flat) + 8) * torch.finfo(torch.float64).eps)
+
+
 def _polish(refiner: Refiner, first: Estimate, names: tuple[str, ...]) -> tuple[Estimate, Estimate]:
     """Newton corrections of x, each followed by one of q; the estimate to report, and a better one that measures it.
 
@@ -261,10 +266,10 @@ def _result(refiner, current: Estimate, polished_from, verifier, names, reason, 
     before_polish = verified_by = None
     if polished_from is not None:
         best_bound = _total(verifier, names)
-        before_polish = (polished_from.grad, _distance(verifier, polished_from) + best_bound)
+        before_polish = (polished_from.grad, _by_way_of(verifier, polished_from, best_bound))
         if verifier is not current:
             verified_by = (verifier.grad, best_bound)
-            bound = min(bound, _distance(verifier, current) + best_bound)
+            bound = min(bound, _by_way_of(verifier, current, best_bound))
     lower, upper = (float(end.mean()) for end in (current if verifier is None else verifier).loss_interval)
     point = current.point
     x, q = point.in_dtype(problem), current.q.to(problem.dtype)
@@ -326,7 +331,8 @@ def _components(current: Estimate, verifier: Estimate | None, problem: LowerLeve
         return None
     each = current.component_bounds.mean(0)
     if verifier is not None and verifier is not current and verifier.component_bounds is not None:
-        each = torch.minimum(each, (current.flat - verifier.flat).abs() + verifier.component_bounds.mean(0))
+        moved = (current.flat - verifier.flat).abs() + verifier.component_bounds.mean(0)
+        each = torch.minimum(each, moved * (1 + 8 * torch.finfo(torch.float64).eps))
     pieces = each.split([p.numel() for p in problem.theta.values()])
     return {name: b.reshape(p.shape) for (name, p), b in zip(problem.theta.items(), pieces, strict=True)}
 
