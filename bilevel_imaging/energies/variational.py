@@ -17,7 +17,7 @@ from bilevel_imaging.energies.data_terms import DataTerm, IdentityTerm
 from bilevel_imaging.energies.data_weights import DataWeight
 from bilevel_imaging.energies.preconditioning import pays
 from bilevel_imaging.energies.problem import LowerLevelProblem
-from bilevel_imaging.energies.variational_linearization import VariationalLinearization
+from bilevel_imaging.energies.variational_linearization import VariationalLinearization, with_misfit
 from bilevel_imaging.energies.weighted_terms import WeightedTerm, weighted
 from bilevel_imaging.errors import NotStronglyConvexError
 from bilevel_imaging.native import Descent, Measured, Quadratic
@@ -272,9 +272,8 @@ class VariationalProblem(LowerLevelProblem):
         if found.energies is None:
             return found
         own, mu = found.energies, self.constants().strong_convexity.double()
-        misfit = torch.hypot(own.misfit, self.ridge**0.5 * found.x_norm) + found.grad_norm / mu.sqrt()
-        columns = torch.minimum(own.columns, own.split)
-        columns[:, 0] = torch.minimum(columns[:, 0], misfit)
+        misfit = torch.hypot(own.misfit, self.ridge**0.5 * found.x_norm)
+        columns = with_misfit(torch.minimum(own.columns, own.split), 0, misfit, found.grad_norm, mu)
         return replace(found, energies=replace(own, columns=columns * (1 + 1e-9)))
 
     def descent(self) -> Descent | None:

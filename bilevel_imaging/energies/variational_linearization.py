@@ -153,9 +153,7 @@ class VariationalLinearization(Linearization):
         return torch.cat([norms, self.data_mixed.energy_norms()], 1)
 
     def _regularizer_energy_norms(self) -> Tensor | None:
-        """The regularizer's own, or for the weight, whose column is grad R = grad g - (A^T W (Ax - y) + ridge x):
-        the second term is B^T u with B^T B <= H, and ||B^T u||_{H^-1} <= ||u||. Where mu helps, a part is measured by
-        that."""
+        """The regularizer's own, or :func:`with_misfit`. Where mu helps, a part is measured by that."""
         norms, columns = self.inside.mixed_energy_norms(), self._regularizer_columns
         if norms is None or columns is None or norms.shape[1] == 0:
             return norms
@@ -164,9 +162,7 @@ class VariationalLinearization(Linearization):
         if weight is not None:
             misfit = (2 * problem.data.value(self.x).double() + problem.ridge * squared_norm(self.x).double()).sqrt()
             # one part in a thousand covers the rounding of a sum of squares in float32
-            split = 1.001 * misfit + norm(self.grad).double() / mu.sqrt()
-            norms = norms.clone()
-            norms[:, weight] = torch.minimum(norms[:, weight], split)
+            norms = with_misfit(norms, weight, 1.001 * misfit, norm(self.grad).double(), mu)
         worth = (column_norms(columns) <= WORTH * mu.sqrt().unsqueeze(1) * norms).any(1, keepdim=True)
         others = self.inside.split_energy_norms(mu) if bool(worth.any()) else None
         return norms if others is None else torch.where(worth, torch.minimum(norms, others), norms)
@@ -200,6 +196,24 @@ class VariationalLinearization(Linearization):
             jacobi = diagonal + ridge + self.inside.hessian_diagonal()
             return Preconditioner(lambda v: v / jacobi)
         return None
+
+
+def with_misfit(norms: Tensor, weight: int, misfit: Tensor, grad_norm: Tensor, mu: Tensor) -> Tensor:
+    """Bounds of ||J_j||_{H^-1} ``(B, n)`` with a better one, if it is, for the weight of the regularizer R.
+
+    Its column is grad R = grad g - (A^T W (Ax - y) + ridge x): the second term is B^T u with B^T B <= H, and
+    ||B^T u||_{H^-1} <= ||u||.
+
+    Args:
+        norms: the bounds.
+        weight: which column.
+        misfit: ||u||, ``(B,)``.
+        grad_norm: ||grad g||, likewise.
+        mu: strong convexity of g, likewise.
+    """
+    norms = norms.clone()
+    norms[:, weight] = torch.minimum(norms[:, weight], misfit + grad_norm / mu.sqrt())
+    return norms
 
 
 def _convolution(problem: VariationalProblem, inside: Linearization | NewtonModel) -> Preconditioner | None:

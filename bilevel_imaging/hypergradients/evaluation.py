@@ -186,7 +186,6 @@ def _residual(
 def adjoint_gradient(point: Point, q: Tensor, measured: Measured | None = None) -> dict[str, Tensor]:
     """-mean_i J_i^T q_i by name, in the dtype of the parameters."""
     theta = point.problem.theta
-    measured = measured or point.measured(q)
     if measured is not None:
         return _by_name(measured.products, theta)
     if point.columns is None:
@@ -361,14 +360,10 @@ def _dual_residual(point: Point, residual: Tensor, known: LinearSolution | None)
 def forecast(point: Point, rhs: Tensor, solution: LinearSolution) -> LocalMeasurements | None:
     """What an evaluation would measure in the norm of the Hessian, before rounding: ``None`` where that is not known
     cheaply, from the columns of J and the residual of a solve of H q = ``rhs`` at the point or near it."""
-    if solution.residual is None or point.plain:
+    if solution.residual is None or point.plain or point.value_reason or not point.has_columns:
         return None
-    measured = point.measured(solution.q, solution.residual)
-    if point.value_reason or not point.has_columns:
-        return None
-    none = torch.zeros_like(point.rounding)
-    product = rhs - solution.residual if measured is None else None
-    return _local(point, solution.q, product, solution.residual, none, solution, True, measured)
+    product, none = rhs - solution.residual, torch.zeros_like(point.rounding)
+    return _local(point, solution.q, product, solution.residual, none, solution, gradient=True, measured=None)
 
 
 def _metric_bound(e: Estimate, m: Measurements, mixed: Tensor) -> Bound:

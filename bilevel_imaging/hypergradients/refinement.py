@@ -134,9 +134,17 @@ class Refiner:
             return Point(self.exact, self.loss, x, failures=self.failures, plain=self.plain)
         working = self.problem.linearize(x.to(self.problem.dtype))
         there = x.dtype == self.problem.dtype
-        given = self.problem if there else None
-        options = {"plain": self.plain, "given": given, "measures": self.measures}
-        return Point(self.exact, self.loss, x, working, there, failures=self.failures, **options)
+        return Point(
+            self.exact,
+            self.loss,
+            x,
+            working,
+            there,
+            failures=self.failures,
+            plain=self.plain,
+            given=self.problem if there else None,
+            measures=self.measures,
+        )
 
     @staticmethod
     def _gradient_energy(old: Point, step: LinearSolution, new: Point) -> Tensor | None:

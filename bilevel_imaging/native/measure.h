@@ -18,8 +18,9 @@ static void TAKING(widen)(const FROM *from, double *to, int64_t n) {
 #define NUMBERS 10
 #define LOCAL_NUMBERS 21
 __attribute__((always_inline)) static inline void TAKING(measure_one)(
-    const int local, const int difference, const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight,
-    double smoothing, double mu, double *out, double *work, int64_t rows, int64_t height, int64_t w
+    const int local, const int difference, const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r,
+    double d, double weight, double smoothing, double mu, double *out, double *work, int64_t rows, int64_t height,
+    int64_t w
 ) {
     const double nu2 = smoothing * smoothing;
     const int64_t line = spread_float64(w + 1);
@@ -107,7 +108,8 @@ __attribute__((always_inline)) static inline void TAKING(measure_one)(
    set, what comes as f is x - f. */
 void TAKING(tv_measure)(
     const FROM *x, const FROM *q, const FROM *b, const FROM *f, const FROM *r, double d, double weight, double smoothing,
-    double mu, double *measured, int64_t local, int64_t difference, int64_t count, int64_t rows, int64_t height, int64_t width, int threads
+    double mu, double *measured, int64_t local, int64_t difference, int64_t count, int64_t rows, int64_t height,
+    int64_t width, int threads
 ) {
     const int64_t size = rows * width;
 #pragma omp parallel num_threads(threads) if (threads > 1 && count > 1)
@@ -119,8 +121,8 @@ void TAKING(tv_measure)(
             const int64_t at = i * size;
             if (local)
                 TAKING(measure_one)(
-                    1, difference != 0, x + at, q + at, b + at, f + at, own, d, weight, smoothing, mu, measured + LOCAL_NUMBERS * i, work,
-                    rows, height, width);
+                    1, difference != 0, x + at, q + at, b + at, f + at, own, d, weight, smoothing, mu,
+                    measured + LOCAL_NUMBERS * i, work, rows, height, width);
             else
                 TAKING(measure_one)(
                     0, 0, x + at, q + at, b + at, f + at, NULL, d, weight, smoothing, mu, measured + NUMBERS * i, work, rows,

@@ -19,7 +19,7 @@ class MeasuredEnergies:
 
     Attributes:
         adjoint: <q, H q>.
-        drift: how far the residual is from the one that was given, 0 where none was.
+        drift: how far the residual is from the one that was given, from 0 where none was.
         misfit: ||x - b||.
         columns: bounds of ||J_j||_{H^-1} from the total variation alone, ``(B, 2)``.
         split: those from the total variation and from mu, see ``TotalVariationLinearization.split_energy_norms``.

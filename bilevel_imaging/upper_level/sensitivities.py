@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,8 +75,8 @@ def derivative(samples: Samples, relative: float, start: Tensor | None = None) -
     tolerance = relative * norm(rhs.flatten(0, 1)).reshape(rhs.shape[:2])
     if rhs.shape[1] <= FEW_PARAMETERS and linearization.preconditioner() is None:
         # whole runs, in compiled code where there is some, cost less than what sharing products saves
-        solver, starts = ConjugateGradient(), itertools.repeat(None) if start is None else start.unbind(1)
-        systems = zip(rhs.unbind(1), tolerance.unbind(1), starts, strict=False)
+        solver, starts = ConjugateGradient(), [None] * rhs.shape[1] if start is None else start.unbind(1)
+        systems = zip(rhs.unbind(1), tolerance.unbind(1), starts, strict=True)
         return torch.stack([solver.begin(linearization, b.contiguous(), tol, q0=q0).q for b, tol, q0 in systems], 1)
     if start is None or not bool(start.any()):
         return BlockConjugateGradient().solve(linearization, rhs, tolerance).q
